@@ -1,0 +1,292 @@
+"""The Dynamo backend: graph -> detect -> plan -> agree -> rewrite and shard -> inner backend."""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fgtp_pass import weights
+from fgtp_pass.agreement import Act, Council
+from fgtp_pass.collectives import DataParallelGroup, data_parallel_group, hostname
+from fgtp_pass.config import Options, parse_options
+from fgtp_pass.detect import detect
+from fgtp_pass.errors import AgreementError, ConfigError, FgtpError, InferenceOnlyError
+from fgtp_pass.plan import WeightCut, format_bytes
+from fgtp_pass.planner import PlannedGraph, check_requested, plan_graph
+from fgtp_pass.rewrite import RewrittenGraph, fake_padding, idle_graph, rewrite
+from fgtp_pass.step import IdleProgram, Step, TokenCounter, sites_number
+from fgtp_pass.versions import check_torch, library_versions
+
+log = logging.getLogger("fgtp_pass")
+
+Compiled = Callable[..., Any]
+
+
+def fgtp_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Backend of `torch.compile`: shards what it finds in the graph over data-parallel ranks.
+
+    options: see `fgtp_pass.config.Options`. With no component to shard, or a group of one rank,
+    the graph goes to the inner backend as it came.
+
+    Raises, before any weight is touched: ConfigError, DetectionError, InferenceOnlyError, and
+    AgreementError when the ranks of the group do not agree.
+    """
+    check_torch()
+    parameters = [v for v in example_inputs if isinstance(v, nn.Parameter)]
+    try:
+        parsed = parse_options(options)
+        _check_inference(parameters)
+    except FgtpError as error:
+        if parameters:
+            _report_early_failure(options, error)
+        raise
+    if not parameters or not _has_group(parsed):
+        return compile_inner(parsed, gm, example_inputs)
+    return _runtime(parsed).compile(gm, example_inputs)
+
+
+def compile_inner(options: Options, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Compile with the inner backend."""
+    backend = options.inner_backend
+    extra: dict[str, Any] = {}
+    if options.inner_options:
+        by_name = backend == "inductor"
+        extra = {"config_patches" if by_name else "options": options.inner_options}
+    if isinstance(backend, str):
+        backend = torch._dynamo.lookup_backend(backend)  # type: ignore[attr-defined]
+    compiled: Compiled = backend(gm, list(inputs), **extra)
+    return compiled
+
+
+def _check_inference(parameters: Sequence[nn.Parameter]) -> None:
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        raise InferenceOnlyError(
+            "fgtp_pass is inference only, and gradients are enabled. Call the compiled model "
+            "under torch.no_grad() or torch.inference_mode(), or freeze its parameters."
+        )
+
+
+def _has_group(options: Options) -> bool:
+    """Whether there are other data-parallel ranks. Raises ConfigError if sizes need them."""
+    requested = options.sizes.requested
+    if not dist.is_initialized():
+        if requested:
+            raise ConfigError(
+                f"{', '.join(requested)}: group sizes > 1 need a process group, and there is "
+                "none. Call torch.distributed.init_process_group before the first step."
+            )
+        return False
+    size = _data_parallel(options).size
+    if size == 1:
+        options.sizes.resolve(1, 1)  # raises for a size that exceeds the group
+    return size > 1
+
+
+def _data_parallel(options: Options) -> DataParallelGroup:
+    return data_parallel_group(options.process_group, timedelta(seconds=options.timeout_seconds))
+
+
+def _report_early_failure(options: Mapping[str, Any] | None, error: Exception) -> None:
+    """Tell the group about options that this rank cannot even read."""
+    if dist.is_initialized():
+        given = {k: v for k, v in (options or {}).items() if k in ("process_group",)}
+        group = _data_parallel(Options(**given))
+        if group.size > 1:
+            _tell(_wide_council(group), error)
+
+
+def _tell(council: Council, error: Exception) -> None:
+    """Say why this rank fails, so that the others raise too; its own error stays the first."""
+    try:
+        council.meet(Act.FAILED, words=f"{type(error).__name__}: {error}")
+    except AgreementError as met:
+        log.debug("told the group: %s", met)
+
+
+def _wide_council(group: DataParallelGroup) -> Council:
+    """All data-parallel ranks: they agree on plans."""
+    return Council(group.control_group(group.size), 0, group.timeout.total_seconds())
+
+
+# runtimes ---------------------------------------------------------------------------------------
+
+
+class Runtime:
+    """What compiled graphs with the same options and group share on this rank."""
+
+    def __init__(self, options: Options, group: DataParallelGroup):
+        self.options = options
+        self.group = group
+        self.wide = _wide_council(group)
+        cards = self.wide.meet(Act.SHARD, words={"hostname": hostname()})
+        hosts = Counter(card.words["hostname"] for card in cards)
+        try:
+            self.sizes = options.sizes.resolve(group.size, min(hosts.values()))
+        except ConfigError as error:
+            _tell(self.wide, error)
+            raise
+        # parameters that the ranks have agreed on, sharded or whole
+        self._agreed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    @property
+    def step_council(self) -> Council:
+        """The ranks that this one runs in step with: the smallest group with all its groups."""
+        size = math.lcm(*self.sizes.values())
+        first = self.group.rank // size * size
+        return Council(self.group.control_group(size), first, self.group.timeout.total_seconds())
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        """The callable for one graph; shards its weights if it is the first that reads them."""
+        parameters = [v for v in inputs if isinstance(v, nn.Parameter)]
+        fresh = any(p not in self._agreed for p in parameters)
+        council = self.wide if fresh else self.step_council
+        try:
+            planned = self._plan(gm, inputs, fresh)
+        except Exception as error:
+            _tell(council, error)
+            raise
+        if fresh:
+            self._agree(planned)
+        try:
+            compiled = self._build(gm, inputs, planned)
+        except Exception as error:
+            _tell(council, error)
+            if fresh:
+                self._roll_back(inputs)
+            raise
+        if fresh:
+            try:
+                self.wide.meet(Act.SHARD, words="compiled")
+            except AgreementError:
+                self._roll_back(inputs)
+                raise
+            for parameter in parameters:
+                self._agreed[parameter] = True
+        return compiled
+
+    def _plan(self, gm: fx.GraphModule, inputs: Sequence[Any], fresh: bool) -> PlannedGraph:
+        detection = detect(gm.graph, inputs, self.options.all_patterns)
+        planned = plan_graph(detection, self.sizes, self.group.size)
+        in_force = _in_force(gm, inputs)
+        fits = tuple(
+            site
+            for site in planned.sites
+            if all(
+                in_force.get(p, (cut, site.site.group_size)) == (cut, site.site.group_size)
+                for p, cut in site.cuts.items()
+            )
+        )
+        if fresh:
+            check_requested(planned.plan, self.options.sizes.requested, self.options.allow_missing)
+        return PlannedGraph(planned.plan, fits, detection)
+
+    def _agree(self, planned: PlannedGraph) -> None:
+        """Compare plans, options and library versions on all ranks; raises on every one."""
+        mine = {
+            "plan": planned.plan.fingerprint,
+            "sizes": self.sizes,
+            "tokens": self.options.tokens,
+            "check_tokens": self.options.check_tokens,
+            **library_versions(),
+        }
+        cards = self.wide.meet(Act.SHARD, words=mine)
+        for what in mine:
+            said = {card.rank: card.words.get(what) for card in cards}
+            if len({str(value) for value in said.values()}) > 1:
+                listed = ", ".join(f"rank {rank} has {value}" for rank, value in said.items())
+                raise AgreementError(
+                    f"the data-parallel ranks differ in {what}: {listed}. "
+                    "They must run the same model with the same options and libraries."
+                )
+
+    def _build(self, gm: fx.GraphModule, inputs: Sequence[Any], planned: PlannedGraph) -> Compiled:
+        in_force = _in_force(gm, inputs)
+        if not planned.sites and not in_force:
+            return compile_inner(self.options, gm, inputs)
+        sizes = {site.site.group_size for site in planned.sites}
+        sizes |= {size for _, size in in_force.values()}
+        groups = {size: self.group.component_group(size) for size in sorted(sizes)}
+        ragged = self.options.tokens == "ragged" and bool(planned.sites)
+        rewritten = rewrite(gm, planned, groups, in_force, ragged)
+        todo = {
+            inputs[position]: (cut, groups[size])
+            for position, (cut, size) in rewritten.shards.items()
+        }
+        weights.shard_parameters(todo, planned.plan)
+        if planned.plan.sites and not in_force and self.group.rank == 0:
+            freed = format_bytes(planned.plan.bytes_saved_per_rank)
+            log.info("sharded %d sites, %s freed per rank", len(planned.plan.sites), freed)
+            log.debug("%s", planned.plan)
+        compiled = self._compile_rewritten(inputs, rewritten)
+        counter = TokenCounter(gm.graph, planned.sites)
+        meets = self.options.check_tokens or ragged
+        step = Step(
+            compiled=compiled,
+            shards=tuple(rewritten.shards),
+            counter=counter,
+            sites=sites_number(planned.sites),
+            council=self.step_council if meets else None,
+            ragged=ragged,
+            idle=IdleProgram(*idle_graph(gm, planned, rewritten.gathered, groups, counter.classes)),
+        )
+        for position in rewritten.shards:
+            weights.set_step(inputs[position], step)
+        return step
+
+    def _compile_rewritten(self, inputs: Sequence[Any], rewritten: RewrittenGraph) -> Compiled:
+        """Compile with the shards, real and of static shape, in the place of the parameters."""
+        given = list(inputs)
+        # The backend's fake mode remembers what it has seen, and so takes these as made here.
+        backend_mode = detect_fake_mode()
+        for position in rewritten.shards:
+            record = weights.record_of(inputs[position])
+            assert record is not None
+            given[position] = record.shard
+            if backend_mode is not None:
+                backend_mode.from_tensor(record.shard, static_shapes=True)
+        for number, padding in enumerate(rewritten.paddings):
+            if backend_mode is not None:
+                fake_padding(backend_mode, f"fgtp_padding_{number}", padding)
+        return compile_inner(self.options, rewritten.module, given + list(rewritten.paddings))
+
+    def _roll_back(self, inputs: Sequence[Any]) -> None:
+        """Give back the weights that this graph was the first to shard. Collective."""
+        for value in inputs:
+            if isinstance(value, weights.ShardedParameter) and value not in self._agreed:
+                weights.unshard_parameter(value)
+
+
+def _in_force(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[WeightCut, int]]:
+    """The placeholders of parameters that are sharded already, and how."""
+    found = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        record = weights.record_of(value)
+        if record is not None:
+            found[node] = (record.cut, record.group.size)
+    return found
+
+
+_runtimes: list[Runtime] = []
+
+
+def _runtime(options: Options) -> Runtime:
+    """The runtime of these options in this process; making one is collective."""
+    group = _data_parallel(options)
+    for runtime in _runtimes:
+        if runtime.group is group and runtime.options == options:
+            return runtime
+    _runtimes.append(Runtime(options, group))
+    return _runtimes[-1]

@@ -1,0 +1,245 @@
+"""Where values come from and where they go: two linear passes over a Dynamo-level graph.
+
+The facts are what patterns are defined by ("this matmul reads an attention core"). Names of
+modules and parameters are never looked at.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import Flag, auto
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from fgtp_pass.normal_form import Lookup, NormalForm, ParamMatmul, read_lookup, read_matmul
+from fgtp_pass.ops import (
+    CASTS,
+    SOFTMAX,
+    OpKind,
+    is_tensor,
+    is_value,
+    keeps_token_order,
+    merges,
+    op_kind,
+    op_name,
+    tensor_inputs,
+    value_of,
+    written_nodes,
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one value from the ops that made it.
+
+    static: made of parameters and constants only.
+    token_ids: integers that the caller gave, not computed.
+    cores: attention cores it carries through token-local ops, no residual stream mixed in.
+    origin: the one matmul, lookup, core or input that it is a function of, besides statics.
+    scores: carries a product of two activations (before a softmax); probs: the softmax of that.
+    selected: its tokens were picked by data.
+    """
+
+    static: bool = False
+    token_ids: bool = False
+    cores: frozenset[fx.Node] = frozenset()
+    origin: fx.Node | None = None
+    scores: bool = False
+    probs: bool = False
+    selected: bool = False
+
+
+class Reach(Flag):
+    """What a value flows into without another matmul or attention core in between."""
+
+    NOTHING = 0
+    ATTENTION = auto()
+    MATMUL = auto()
+    CHOICE = auto()
+    OUTPUT = auto()
+
+
+STATIC = Facts(static=True)
+# ops on integers through which token ids stay token ids
+_ID_OPS = CASTS | {"clamp", "clip", "where", "masked_fill"}
+
+
+class GraphView:
+    """A Dynamo-level graph as the patterns read it; it changes nothing.
+
+    `parameters` maps the placeholders of parameters to their fully qualified names, `buffers` are
+    the placeholders of buffers.
+    """
+
+    def __init__(self, graph: fx.Graph, parameters: dict[fx.Node, str], buffers: set[fx.Node]):
+        self.graph = graph
+        self.parameters = parameters
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.normal_form = NormalForm()
+        self.cores: list[fx.Node] = []
+        self.facts: dict[fx.Node, Facts] = {}
+        self._static: set[fx.Node] = set()
+        for node in graph.nodes:
+            self._set(node, self._forward(node, buffers))
+            self._apply_writes(node)
+        self.reach = self._backward()
+
+    @property
+    def matmuls(self) -> Iterable[ParamMatmul]:
+        return self.normal_form.matmuls.values()
+
+    @property
+    def lookups(self) -> Iterable[Lookup]:
+        return self.normal_form.lookups.values()
+
+    def matmul_at(self, node: fx.Node) -> ParamMatmul | None:
+        return self.normal_form.matmuls.get(node)
+
+    @cached_property
+    def router_sources(self) -> frozenset[fx.Node]:
+        """Roots of activations from which a matmul chooses (topk, argmax) without being returned."""
+        return frozenset(
+            self.root(m.input)
+            for m in self.matmuls
+            if Reach.CHOICE in self.reach[m.node] and self.returned_matmul(m.node) is None
+        )
+
+    @cached_property
+    def outputs(self) -> list[fx.Node]:
+        return next(iter(reversed(self.graph.nodes))).all_input_nodes
+
+    def returned_matmul(self, node: fx.Node) -> ParamMatmul | None:
+        """The matmul at `node` if the graph returns a function of it and of nothing else."""
+        if any(self.facts[out].origin is node for out in self.outputs):
+            return self.matmul_at(node)
+        return None
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The node behind views and casts: equal roots are the same activation."""
+        while node.op in ("call_function", "call_method"):
+            name = op_name(node)
+            if not (name in CASTS or (is_tensor(node) and keeps_token_order(node))):
+                break
+            node = node.all_input_nodes[0]
+        return node
+
+    # forward ----------------------------------------------------------------------------------
+
+    def _set(self, node: fx.Node, facts: Facts) -> None:
+        self.facts[node] = facts
+        if facts.static:
+            self._static.add(node)
+        else:
+            self._static.discard(node)
+
+    def _forward(self, node: fx.Node, buffers: set[fx.Node]) -> Facts:
+        if node.op == "placeholder":
+            return self._input_facts(node, buffers)
+        if node.op not in ("call_function", "call_method"):
+            return STATIC
+        matmul = read_matmul(node, self.parameters.keys(), self._static)  # type: ignore[arg-type]
+        if matmul is not None:
+            self.normal_form.matmuls[node] = matmul
+            return Facts(origin=node)
+        inputs = tensor_inputs(node)
+        active = [self.facts[n] for n in inputs if not self.facts[n].static]
+        lookup = read_lookup(node, set(self.parameters))
+        if lookup is not None:
+            self.normal_form.lookups[node] = lookup
+            return Facts(origin=node) if active else STATIC
+        if not active:
+            return STATIC
+        return self._op_facts(node, inputs, active)
+
+    def _input_facts(self, node: fx.Node, buffers: set[fx.Node]) -> Facts:
+        value = value_of(node)
+        if node in self.parameters or node in buffers or not isinstance(value, torch.Tensor):
+            return STATIC
+        integers = not value.dtype.is_floating_point and value.dtype is not torch.bool
+        return Facts(origin=node, token_ids=integers)
+
+    def _op_facts(self, node: fx.Node, inputs: list[fx.Node], active: list[Facts]) -> Facts:
+        kind = op_kind(node)
+        origins = {facts.origin for facts in active}
+        origin = origins.pop() if len(origins) == 1 else None
+        if kind is OpKind.ATTENTION:
+            self.cores.append(node)
+            return Facts(cores=frozenset({node}), origin=node)
+        if kind is OpKind.MATMUL:
+            if any(facts.probs for facts in active):
+                self.cores.append(node)
+                return Facts(cores=frozenset({node}), origin=node)
+            return Facts(scores=len(active) > 1)
+        if kind in (OpKind.CHOICE, OpKind.OTHER):
+            return Facts(origin=origin)
+        if kind is OpKind.SELECT:
+            return Facts(origin=origin, selected=True)
+        local = Facts(
+            origin=origin,
+            cores=self._carried_cores(node, inputs, active),
+            selected=all(facts.selected for facts in active) or active[0].selected,
+        )
+        if kind is OpKind.FEATURES:
+            return replace(local, probs=op_name(node) == SOFTMAX and active[0].scores)
+        return replace(
+            local,
+            scores=any(facts.scores for facts in active),
+            probs=any(facts.probs for facts in active),
+            token_ids=active[0].token_ids and (kind is OpKind.LAYOUT or op_name(node) in _ID_OPS),
+        )
+
+    def _carried_cores(
+        self, node: fx.Node, inputs: list[fx.Node], active: list[Facts]
+    ) -> frozenset[fx.Node]:
+        carried = frozenset[fx.Node]().union(*(facts.cores for facts in active))
+        if carried and len(inputs) > 1 and merges(node):
+            for n in inputs:
+                value = value_of(n)
+                masks = isinstance(value, torch.Tensor) and value.dtype is torch.bool
+                if not (self.facts[n].static or self.facts[n].cores or masks):
+                    return frozenset()  # a residual stream is added: past the component
+        return carried
+
+    def _apply_writes(self, node: fx.Node) -> None:
+        """An op that writes into its argument changes what later reads of that argument see."""
+        for written in _written_memory(node):
+            facts = self.facts[node]
+            if not is_value(node) or node in self.cores:
+                facts = Facts(cores=frozenset({node}) if node in self.cores else frozenset())
+            self._set(written, facts)
+
+    # backward ---------------------------------------------------------------------------------
+
+    def _backward(self) -> dict[fx.Node, Reach]:
+        reach: dict[fx.Node, Reach] = {}
+        cores = set(self.cores)
+        for node in reversed(list(self.graph.nodes)):
+            found = Reach.NOTHING
+            for user in node.users:
+                if user.op == "output":
+                    found |= Reach.OUTPUT
+                elif user in cores:
+                    found |= Reach.ATTENTION
+                elif user in self.normal_form.matmuls or user in self.normal_form.lookups:
+                    found |= Reach.MATMUL
+                else:
+                    found |= reach[user]
+                    if op_kind(user) is OpKind.CHOICE:
+                        found |= Reach.CHOICE
+            for written in _written_memory(node):
+                for user in written.users:  # what later reads of the written tensor flow into
+                    if self.order[user] > self.order[node]:
+                        found |= Reach.ATTENTION if user in cores else reach[user]
+            reach[node] = found
+        return reach
+
+
+def _written_memory(node: fx.Node) -> Iterable[fx.Node]:
+    """What the op writes into, and the values that this is a view of."""
+    for written in written_nodes(node):
+        while True:
+            yield written
+            if written.op == "placeholder" or op_kind(written) is not OpKind.LAYOUT:
+                break
+            written = written.all_input_nodes[0]

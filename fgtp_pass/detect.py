@@ -1,0 +1,134 @@
+"""detect: run the patterns over a graph; give each parameter a site or a reason to stay whole."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fgtp_pass.dataflow import GraphView, Reach
+from fgtp_pass.normal_form import ParamMatmul
+from fgtp_pass.ops import OpKind, op_kind, op_name, value_of
+from fgtp_pass.pattern import Findings, Match, Pattern, Refusal
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The sites of a graph in graph order, and the reason for every parameter in none of them."""
+
+    view: GraphView
+    matches: tuple[Match, ...]
+    left_alone: dict[str, str]
+
+
+def detect(
+    graph: fx.Graph, example_inputs: Sequence[object], patterns: Sequence[Pattern]
+) -> Detection:
+    """Find the sites of all patterns. Reads the graph, changes nothing.
+
+    example_inputs: the values that Dynamo hands to a backend, one per placeholder; they tell
+    parameters from other inputs.
+    """
+    view = GraphView(graph, *_split_inputs(graph, example_inputs))
+    found, refused = Findings(), dict[fx.Node, str]()
+    autocast = any(op_name(node) == "_enter_autocast" for node in graph.nodes)
+    for pattern in patterns:
+        for result in pattern.find(view, found):
+            if isinstance(result, Refusal):
+                refused.setdefault(result.placeholder, result.reason)
+            elif autocast:
+                reason = "the graph switches autocast, so its dtypes are not known"
+                refused.update((w, reason) for w in _weights(result))
+            else:
+                found.add(result)
+    matches = sorted(found.matches, key=lambda match: view.order[match.output])
+    used = {placeholder for match in matches for placeholder in _weights(match)}
+    left_alone = {
+        fqn: refused.get(placeholder) or _reason(view, placeholder)
+        for placeholder, fqn in view.parameters.items()
+        if placeholder not in used
+    }
+    return Detection(view, tuple(matches), left_alone)
+
+
+def _weights(match: Match) -> list[fx.Node]:
+    """The placeholders of all parameters that the site takes over."""
+    nodes: list[fx.Node] = []
+    for stage in match.stages:
+        if not hasattr(stage, "matmuls"):
+            nodes.append(stage.lookup.weight.placeholder)
+            continue
+        for matmul in stage.matmuls:
+            nodes += [matmul.weight.placeholder] if matmul.weight else []
+            nodes += [matmul.bias] if matmul.bias else []
+        nodes += stage.region.vectors if stage.region else ()
+    return nodes
+
+
+# inputs -----------------------------------------------------------------------------------------
+
+_MODULE_STEP = re.compile(r"_modules\['([^']+)'\]|_(parameters|buffers)\['([^']+)'\]")
+
+
+def fqn_of_source(source: str) -> tuple[str, str]:
+    """("model.norm.weight", "parameters") of Dynamo's source expression for an input.
+
+    Both are "" for an input that is no part of a module.
+    """
+    path, kind = [], ""
+    for module, holder, leaf in _MODULE_STEP.findall(source):
+        path.append(module or leaf)
+        kind = holder or kind
+    return (".".join(path), kind) if kind else ("", "")
+
+
+def _split_inputs(
+    graph: fx.Graph, example_inputs: Sequence[object]
+) -> tuple[dict[fx.Node, str], set[fx.Node]]:
+    """The placeholders of parameters with their names, and those of buffers."""
+    parameters: dict[fx.Node, str] = {}
+    buffers: set[fx.Node] = set()
+    placeholders = graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, example_inputs, strict=True):
+        source = getattr(node, "_dynamo_source", None)
+        fqn, kind = fqn_of_source(source.name) if source is not None else ("", "")
+        if isinstance(value, torch.nn.Parameter):
+            parameters[node] = fqn or str(node.target)
+        elif kind:
+            buffers.add(node)
+    return parameters, buffers
+
+
+# reasons ----------------------------------------------------------------------------------------
+
+
+def _reason(view: GraphView, placeholder: fx.Node) -> str:
+    """Why no pattern asked for this parameter, from how the graph uses it."""
+    dims = value_of(placeholder).dim()
+    if dims == 1:
+        owner = next((m for m in view.matmuls if m.bias is placeholder), None)
+        if owner is not None:
+            return f"a bias: {_matmul_reason(view, owner)}"
+        return "a vector of one value per feature (a norm, a scale or a bias)"
+    if dims > 2:
+        return "expert weights: a stack of matrices among which a router chooses"
+    for matmul in view.matmuls:
+        if matmul.weight is not None and matmul.weight.placeholder is placeholder:
+            return _matmul_reason(view, matmul)
+    if not placeholder.users:
+        return "the graph does not use it"
+    if any(op_kind(user) is OpKind.LOOKUP for user in placeholder.users):
+        return "its lookup is not one of a plain table"
+    return "no matmul or lookup uses it directly"
+
+
+def _matmul_reason(view: GraphView, matmul: ParamMatmul) -> str:
+    reach = view.reach[matmul.node]
+    if view.root(matmul.input) in view.router_sources and Reach.CHOICE in reach:
+        return "a router: experts are chosen from its result"
+    if Reach.ATTENTION in reach:
+        return "feeds an attention core (q, k or v): it is cut with the heads, not over tokens"
+    if any(view.facts[other.input].origin is matmul.node for other in view.matmuls):
+        return "feeds another projection through a norm: the first half of a low-rank projection"
+    return "no component's definition fits its place in the graph"

@@ -1,0 +1,29 @@
+"""Every error that a user of the pass can meet. Each message says what is wrong and what to do."""
+
+
+class FgtpError(Exception):
+    """Base of all errors raised by fgtp_pass."""
+
+
+class ConfigError(FgtpError, ValueError):
+    """The options or the `finegrained_tp_config` are wrong; raised before any weight is touched."""
+
+
+class DetectionError(FgtpError, ValueError):
+    """A requested component has no site in the model, or its weights cannot be cut as asked."""
+
+
+class AgreementError(FgtpError, RuntimeError):
+    """The ranks of a group do not agree, or one of them failed; names the rank and its reason."""
+
+
+class TokenCountError(FgtpError, RuntimeError):
+    """`tokens="equal"` was promised, but the ranks of a group came with different token counts."""
+
+
+class ShardedWeightError(FgtpError, RuntimeError):
+    """A weight that is in force as shards was read or changed as if it were whole."""
+
+
+class InferenceOnlyError(FgtpError, RuntimeError):
+    """The model was compiled with gradients enabled."""

@@ -1,0 +1,15 @@
+"""The components of a decoder that can be sharded by themselves, one definition per file.
+
+A pattern sees what the ones before it have claimed, so the order is part of the definition: an
+FFN's down projection may reach the output of a model without a head, and is no lm_head then.
+"""
+
+from fgtp_pass.pattern import Pattern
+from fgtp_pass.patterns import dense_ffn, embedding, lm_head, o_proj
+
+BUILTIN: tuple[Pattern, ...] = (
+    o_proj.PATTERN,
+    dense_ffn.PATTERN,
+    lm_head.PATTERN,
+    embedding.PATTERN,
+)

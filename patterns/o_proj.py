@@ -1,0 +1,31 @@
+"""o_proj: softmax(Q Kᵀ) V -> ops local to a token (gates, norms, scaling, clamps) -> x W."""
+
+from collections.abc import Iterator
+
+from fgtp_pass.algebra import Cut
+from fgtp_pass.dataflow import GraphView
+from fgtp_pass.pattern import Findings, Match, Pattern, Refusal, single_matmul
+
+COMPONENT = "oproj"
+
+
+def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
+    """The one matmul that reads an attention core before the residual stream does.
+
+    In   core -> transpose, reshape, gate, norm ... -> linear(W)
+    Out  Own -a2a-> Cut x W[in/k] -> Sum -rs-> Own, or Own -ag-> All x W[out/k] -> Cut -a2a-> Own
+    """
+    readers = [m for m in view.matmuls if view.facts[m.input].cores]
+    for matmul in readers:
+        if matmul.weight is None:
+            continue
+        cores = view.facts[matmul.input].cores
+        if sum(bool(view.facts[other.input].cores & cores) for other in readers) > 1:
+            # q, k and v of a next layer, or an FFN: there is no projection of the core's own
+            reason = "it is one of several projections of an attention output"
+            yield Refusal(matmul.weight.placeholder, reason)
+            continue
+        yield single_matmul(COMPONENT, matmul, cuts=(Cut.IN, Cut.OUT))
+
+
+PATTERN = Pattern(COMPONENT, "oproj_tensor_parallel_size", find, aliases=("o_proj_local_tp",))

@@ -1,0 +1,195 @@
+"""Real ranks for tests: a pool of processes over gloo on this machine, each call time-limited.
+
+Starting a rank costs seconds (imports), so ranks are kept and reused; a pool that timed out or
+lost a rank is thrown away.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call did on one rank: a value, or the error's class name, message and traceback."""
+
+    value: Any = None
+    error: str = ""
+    message: str = ""
+    trace: str = ""
+
+
+class RankFailure(AssertionError):
+    """A call raised on some rank."""
+
+
+class RankTimeout(AssertionError):
+    """A call did not end in time; the message holds every rank's stack."""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _serve(rank: int, world: int, port: int, pipe: Connection, dump: str) -> None:
+    with open(dump, "w") as dump_file:
+        faulthandler.register(signal.SIGUSR1, file=dump_file, all_threads=True)
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        os.environ["FGTP_TEST_RANK"] = str(rank)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=120),
+        )
+        while True:
+            try:
+                call = pipe.recv()
+            except EOFError:
+                return
+            if call is None:
+                dist.destroy_process_group()
+                return
+            function, args, kwargs = call
+            torch._dynamo.reset()
+            try:
+                outcome = Outcome(value=function(*args, **kwargs))
+            except BaseException as error:
+                outcome = Outcome(
+                    error=type(error).__name__, message=str(error), trace=traceback.format_exc()
+                )
+            pipe.send(outcome)
+
+
+class Pool:
+    """`world` ranks that run the same function at the same time."""
+
+    def __init__(self, world: int):
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self.world = world
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve,
+                args=(rank, world, port, there, str(self._dump(rank))),
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def _dump(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"rank{rank}.txt"
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._processes) and all(p.is_alive() for p in self._processes)
+
+    def outcomes(
+        self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any
+    ) -> list[Outcome]:
+        """Call on every rank; what happened on each. Raises RankTimeout after `timeout` seconds."""
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        outcomes: list[Outcome | None] = [None] * self.world
+        deadline = time.monotonic() + timeout
+        while None in outcomes:
+            pending = {p: i for i, p in enumerate(self._pipes) if outcomes[i] is None}
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                stacks = self._stacks()
+                self.kill()
+                raise RankTimeout(f"no end after {timeout:g} s on ranks {sorted(pending.values())}"
+                                  f"\n{stacks}")
+            for pipe in ready:
+                try:
+                    outcomes[pending[pipe]] = pipe.recv()
+                except EOFError:
+                    outcomes[pending[pipe]] = Outcome(error="RankDied", message="rank ended")
+        return [o for o in outcomes if o is not None]
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any
+    ) -> list[Any]:
+        """Call on every rank; the values by rank. Raises RankFailure if any rank raised."""
+        outcomes = self.outcomes(function, *args, timeout=timeout, **kwargs)
+        if any(o.error for o in outcomes):
+            raise RankFailure(
+                "\n".join(
+                    f"--- rank {rank}: {o.trace or o.error}"
+                    for rank, o in enumerate(outcomes)
+                    if o.error
+                )
+            )
+        return [o.value for o in outcomes]
+
+    def _stacks(self) -> str:
+        for process in self._processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        return "\n".join(
+            f"--- rank {rank}\n{self._dump(rank).read_text()}" for rank in range(self.world)
+        )
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join(10)
+        self._processes = []
+
+    def close(self) -> None:
+        if not self.alive:
+            return self.kill()
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(10)
+        self.kill()
+
+
+class Pools:
+    """One pool per world size, made when asked for and again when broken."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def __call__(self, world: int) -> Pool:
+        pool = self._pools.get(world)
+        if pool is None or not pool.alive:
+            for other in self._pools.values():  # one at a time: the machine may be small
+                other.close()
+            self._pools = {world: Pool(world)}
+        return self._pools[world]
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+if __name__ == "__main__":
+    sys.exit("ranks.py holds helpers for the tests; run pytest")
