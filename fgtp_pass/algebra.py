@@ -53,7 +53,7 @@ APPLY: dict[Cut, tuple[Placement, Placement]] = {
 
 @dataclass(frozen=True)
 class StageShape:
-    """One application of weights on a path: the cuts it may take and its widths in bytes per token."""
+    """One application of weights on a path: its possible cuts, its widths in bytes per token."""
 
     cuts: tuple[Cut, ...]
     in_bytes: int
@@ -153,10 +153,11 @@ def _path(stages: Sequence[StageShape], cuts: Sequence[Cut], group_size: int) ->
         if here is not needs:
             if (here, needs) not in MOVES:
                 return None
-            steps.append(Move(here, needs))
-            price += sent_bytes(steps[-1], stage.in_bytes, group_size)
+            move = Move(here, needs)
+            steps.append(move)
+            price += sent_bytes(move, stage.in_bytes, group_size)
         steps.append(Apply(number, cut))
         here = gives
-    steps.append(Move(here, Placement.OWN))
-    price += sent_bytes(steps[-1], stages[-1].out_bytes, group_size)
-    return Path(tuple(steps), price)
+    back = Move(here, Placement.OWN)
+    price += sent_bytes(back, stages[-1].out_bytes, group_size)
+    return Path((*steps, back), price)

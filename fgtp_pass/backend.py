@@ -10,18 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch._guards import detect_fake_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fgtp_pass import weights
+from fgtp_pass import dynamo, weights
 from fgtp_pass.agreement import Act, Council
 from fgtp_pass.collectives import DataParallelGroup, data_parallel_group, hostname
 from fgtp_pass.config import Options, parse_options
 from fgtp_pass.detect import detect
+from fgtp_pass.dynamo import SizeGuard
 from fgtp_pass.errors import AgreementError, ConfigError, FgtpError, InferenceOnlyError
 from fgtp_pass.plan import WeightCut, format_bytes
 from fgtp_pass.planner import PlannedGraph, check_requested, plan_graph
-from fgtp_pass.rewrite import RewrittenGraph, fake_padding, idle_graph, rewrite
+from fgtp_pass.rewrite import RewrittenGraph, idle_graph, rewrite
 from fgtp_pass.step import IdleProgram, Step, TokenCounter, sites_number
 from fgtp_pass.versions import check_torch, library_versions
 
@@ -66,7 +66,7 @@ def compile_inner(options: Options, gm: fx.GraphModule, inputs: Sequence[Any]) -
         by_name = backend == "inductor"
         extra = {"config_patches" if by_name else "options": options.inner_options}
     if isinstance(backend, str):
-        backend = torch._dynamo.lookup_backend(backend)  # type: ignore[attr-defined]
+        backend = torch._dynamo.lookup_backend(backend)
     compiled: Compiled = backend(gm, list(inputs), **extra)
     return compiled
 
@@ -230,8 +230,8 @@ class Runtime:
             freed = format_bytes(planned.plan.bytes_saved_per_rank)
             log.info("sharded %d sites, %s freed per rank", len(planned.plan.sites), freed)
             log.debug("%s", planned.plan)
-        compiled = self._compile_rewritten(inputs, rewritten)
-        counter = TokenCounter(gm.graph, planned.sites)
+        compiled, guards = self._compile_rewritten(inputs, rewritten)
+        counter = TokenCounter(gm.graph, planned.sites, guards)
         meets = self.options.check_tokens or ragged
         step = Step(
             compiled=compiled,
@@ -246,21 +246,20 @@ class Runtime:
             weights.set_step(inputs[position], step)
         return step
 
-    def _compile_rewritten(self, inputs: Sequence[Any], rewritten: RewrittenGraph) -> Compiled:
+    def _compile_rewritten(
+        self, inputs: Sequence[Any], rewritten: RewrittenGraph
+    ) -> tuple[Compiled, list[SizeGuard]]:
         """Compile with the shards, real and of static shape, in the place of the parameters."""
         given = list(inputs)
-        # The backend's fake mode remembers what it has seen, and so takes these as made here.
-        backend_mode = detect_fake_mode()
         for position in rewritten.shards:
             record = weights.record_of(inputs[position])
             assert record is not None
             given[position] = record.shard
-            if backend_mode is not None:
-                backend_mode.from_tensor(record.shard, static_shapes=True)
-        for number, padding in enumerate(rewritten.paddings):
-            if backend_mode is not None:
-                fake_padding(backend_mode, f"fgtp_padding_{number}", padding)
-        return compile_inner(self.options, rewritten.module, given + list(rewritten.paddings))
+        static = [given[position] for position in rewritten.shards]
+        rows = rewritten.row_examples
+        with dynamo.new_inputs(static, rows, rewritten.row_inputs) as guards:
+            compiled = compile_inner(self.options, rewritten.module, [*given, *rows])
+        return compiled, guards
 
     def _roll_back(self, inputs: Sequence[Any]) -> None:
         """Give back the weights that this graph was the first to shard. Collective."""

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -11,7 +11,7 @@ from fgtp_pass.errors import ConfigError
 from fgtp_pass.pattern import Pattern
 from fgtp_pass.patterns import BUILTIN
 
-AUTO = "auto"
+AUTO: Final = "auto"
 COMPONENT_SIZES = "finegrained_tp_config"
 _OFF = (-1, 0, 1, None)
 

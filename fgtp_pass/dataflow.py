@@ -98,7 +98,7 @@ class GraphView:
 
     @cached_property
     def router_sources(self) -> frozenset[fx.Node]:
-        """Roots of activations from which a matmul chooses (topk, argmax) without being returned."""
+        """Roots of activations from which a matmul makes a choice that is not returned."""
         return frozenset(
             self.root(m.input)
             for m in self.matmuls
@@ -107,7 +107,7 @@ class GraphView:
 
     @cached_property
     def outputs(self) -> list[fx.Node]:
-        return next(iter(reversed(self.graph.nodes))).all_input_nodes
+        return list(self.graph.output_node().all_input_nodes)
 
     def returned_matmul(self, node: fx.Node) -> ParamMatmul | None:
         """The matmul at `node` if the graph returns a function of it and of nothing else."""

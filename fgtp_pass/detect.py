@@ -10,7 +10,7 @@ from torch import fx
 from fgtp_pass.dataflow import GraphView, Reach
 from fgtp_pass.normal_form import ParamMatmul
 from fgtp_pass.ops import OpKind, op_kind, op_name, value_of
-from fgtp_pass.pattern import Findings, Match, Pattern, Refusal
+from fgtp_pass.pattern import Findings, LookupStage, Match, Pattern, Refusal
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _weights(match: Match) -> list[fx.Node]:
     """The placeholders of all parameters that the site takes over."""
     nodes: list[fx.Node] = []
     for stage in match.stages:
-        if not hasattr(stage, "matmuls"):
+        if isinstance(stage, LookupStage):
             nodes.append(stage.lookup.weight.placeholder)
             continue
         for matmul in stage.matmuls:

@@ -69,7 +69,7 @@ class SiteLowering:
             case Placement.CUT, Placement.OWN:
                 return self._cut_to_own(x, rows)
             case Placement.SUM, Placement.OWN:
-                return collectives.reduce_scatter(emit, group, x, rows)
+                return collectives.reduce_scatter(emit, group, x, rows, self._out_features())
         raise AssertionError(f"no collective goes from {move.source} to {move.target}")
 
     def _own_to_cut(self, x: Any, rows: Any) -> Any:
@@ -81,8 +81,13 @@ class SiteLowering:
             x = emit(F.pad, x, (0, padding))
         parts = emit(torch.reshape, x, (rows, k, cut.block_width(k)))
         by_rank = emit(torch.transpose, parts, 0, 1)
-        flat = emit(torch.reshape, by_rank, (-1, cut.block_width(k)))
+        # explicit sizes: a -1 would make the number of rows a guard
+        flat = emit(torch.reshape, by_rank, (self._rows_of_group(rows), cut.block_width(k)))
         return collectives.all_to_all(emit, self.group, flat, rows)
+
+    def _rows_of_group(self, rows: Any) -> Any:
+        k = self.group.size
+        return rows * k if isinstance(rows, int) else self.emit(operator.mul, rows, k)
 
     def _cut_to_own(self, x: Any, rows: Any) -> Any:
         """[k*rows, W/k] -> [rows, W]: each rank gets all features of its own tokens."""
@@ -96,6 +101,14 @@ class SiteLowering:
         if k * cut.block_width(k) > width:
             whole = emit(torch.narrow, whole, 1, 0, width)
         return whole
+
+    def _out_features(self) -> int:
+        stage = self.site.match.stages[-1]
+        if isinstance(stage, LookupStage):
+            return stage.lookup.weight.out_features
+        weight = stage.matmuls[0].weight
+        assert weight is not None
+        return weight.out_features
 
     def _cut_of(self, stage: LookupStage | MatmulStage) -> WeightCut:
         assert isinstance(stage, MatmulStage)
@@ -230,16 +243,18 @@ def flatten_tokens(emit: Emit, site: PlannedSite, x: Any) -> Any:
     return emit(torch.reshape, x, (-1, weight.in_features))
 
 
-def pad_tokens(emit: Emit, x: Any, padding: Any, features: int | None) -> Any:
-    """Append `padding` rows of zeros, so that ranks with fewer tokens match the largest."""
-    shape = (padding,) if features is None else (padding, features)
-    zeros = emit(torch.Tensor.new_zeros, x, shape)
-    return emit(torch.cat, [x, zeros])
+def pad_tokens(emit: Emit, x: Any, rows: Any, features: int | None) -> Any:
+    """[tokens, features] -> [rows, features] with zeros at the end; rows >= tokens.
+
+    features: None for ids [tokens]. Appending all `rows` of zeros before cutting never asks
+    whether anything is to be padded, which would compile the answer in.
+    """
+    if features is None:  # a cat of 1-D tensors asks whether one is empty
+        column = pad_tokens(emit, emit(torch.unsqueeze, x, 1), rows, 1)
+        return emit(torch.squeeze, column, 1)
+    zeros = emit(torch.Tensor.new_zeros, x, (rows, features))
+    return emit(torch.narrow, emit(torch.cat, [x, zeros]), 0, 0, rows)
 
 
 def rows_of(emit: Emit, x: Any) -> Any:
     return emit(torch.ops.aten.sym_size.int, x, 0)
-
-
-def subtract(emit: Emit, a: Any, b: int) -> Any:
-    return emit(operator.sub, a, b)

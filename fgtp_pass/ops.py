@@ -114,7 +114,7 @@ def _function_name(target: Callable[..., Any]) -> str:
         namespace, _, name = str(target._qualified_op_name).partition("::")
         return name if namespace == "aten" else f"{namespace}::{name}"
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return target.name()
+        return str(target.name())  # type: ignore[no-untyped-call]
     module = getattr(target, "__module__", None) or ""
     name = getattr(target, "__name__", "")
     known = module in _PLAIN_MODULES or inspect.isbuiltin(target)
@@ -127,7 +127,8 @@ def _tagged_pointwise(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return False
-    return any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
+    overloads = packet.overloads()  # type: ignore[no-untyped-call]
+    return any(torch.Tag.pointwise in getattr(packet, name).tags for name in overloads)
 
 
 @functools.cache
@@ -226,7 +227,7 @@ def written_nodes(node: fx.Node) -> list[fx.Node]:
     """The nodes whose tensors the op changes in place."""
     target = node.target
     if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, target.overloads()[0])
+        target = getattr(target, target.overloads()[0])  # type: ignore[no-untyped-call]
     if isinstance(target, torch._ops.OpOverload):
         written = [argument(node, name, at) for at, name in _written_arguments(target)]
         return [n for n in written if isinstance(n, fx.Node)]
@@ -245,7 +246,7 @@ def written_nodes(node: fx.Node) -> list[fx.Node]:
     written = [node.args[0]] if in_place and node.args else []
     if isinstance(node.kwargs.get("out"), fx.Node):
         written.append(node.kwargs["out"])
-    return [n for n in written if is_tensor(n)]  # type: ignore[misc]
+    return [n for n in written if is_tensor(n)]
 
 
 def _inplace_flag(node: fx.Node) -> bool:

@@ -34,7 +34,8 @@ class WeightCut(_Frozen):
     @property
     def nbytes(self) -> int:
         """Bytes of the full parameter."""
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return math.prod(self.shape) * itemsize
 
     def block_width(self, group_size: int) -> int:
         """Width of a shard within one block: ceil(block / k); the last shard is padded to it."""

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
+from fgtp_pass import dynamo
 from fgtp_pass.collectives import ComponentGroup
 from fgtp_pass.lowering import (
     SiteLowering,
@@ -23,15 +22,14 @@ from fgtp_pass.lowering import (
     gather_weight,
     pad_tokens,
     rows_of,
-    subtract,
 )
 from fgtp_pass.ops import OpKind, op_kind, value_of
 from fgtp_pass.pattern import LookupStage, MatmulStage
 from fgtp_pass.plan import WeightCut
 from fgtp_pass.planner import PlannedGraph, PlannedSite
 
-# A dim of size 0 or 1 is never dynamic, so a padding of n rows travels as a size of n + 2.
-PADDING_OFFSET = 2
+# A size of 0 or 1 is never dynamic for torch's compiler, so ragged sites run at 2 rows at least.
+MINIMUM_ROWS = 2
 
 TokenClass = tuple[str, int]  # (component, number): sites that see the same number of tokens
 
@@ -42,14 +40,16 @@ class RewrittenGraph:
 
     shards: position of each cut parameter among the inputs, with its cut and group size.
     gathered: the cut parameters that are gathered, because something else reads them too.
-    paddings: example values of the padding inputs that follow the others, one per token class
-    (ragged only).
+    row_inputs: the placeholders that follow the others, one per token class (ragged only): the
+    number of rows that every rank of the group runs at, as the first size of a tensor [rows, 0].
+    row_examples: example values for these.
     """
 
     module: fx.GraphModule
     shards: Mapping[int, tuple[WeightCut, int]]
     gathered: Mapping[fx.Node, tuple[WeightCut, int]]
-    paddings: tuple[torch.Tensor, ...]
+    row_inputs: tuple[fx.Node, ...]
+    row_examples: tuple[torch.Tensor, ...]
 
 
 class Rewriter:
@@ -59,12 +59,11 @@ class Rewriter:
         self.old = graph
         self.new = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
-        self.fake_mode = _fake_mode(graph)
+        self.fake_mode = dynamo.recorded_fake_mode(graph)
 
     def copy(self, node: fx.Node) -> fx.Node:
         copied = self.new.node_copy(node, lambda n: self.env[n])
-        if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+        dynamo.copy_source(node, copied)
         self.env[node] = copied
         return copied
 
@@ -87,15 +86,6 @@ class Rewriter:
         with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["example_value"] = target(*fake_args, **fake_kwargs)
         return node
-
-
-def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    """The mode of the recorded values; the tracing context holds another one for the backend."""
-    for node in graph.nodes:
-        value = value_of(node)
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    raise AssertionError("Dynamo records fake values on every graph")
 
 
 def rewrite(
@@ -127,7 +117,7 @@ def rewrite(
             positions[position] = cuts[node]
         else:
             rewriter.copy(node)
-    paddings = _padding_placeholders(rewriter, planned.sites) if ragged else {}
+    rows = _row_inputs(rewriter, planned.sites) if ragged else {}
     gathered = {
         placeholder: cuts[placeholder]
         for placeholder in shards
@@ -143,8 +133,8 @@ def rewrite(
             site = outputs[node]
             group = groups[site.site.group_size]
             token_class = (site.site.component, site.site.tokens)
-            padding = paddings[token_class][0] if ragged else None
-            rewriter.env[node] = _lower(rewriter, site, group, shards, padding)
+            row_input = rows[token_class][0] if ragged else None
+            rewriter.env[node] = _lower(rewriter, site, group, shards, row_input)
         elif node not in replaced:
             if node in shape_reads:
                 _stand_in_for_shape(rewriter, node.all_input_nodes[0], shape_reads[node])
@@ -152,8 +142,8 @@ def rewrite(
     rewriter.new.lint()
     rewritten = fx.GraphModule(module, rewriter.new)
     rewritten.meta.update(module.meta)
-    examples = tuple(example for _, example in paddings.values())
-    return RewrittenGraph(rewritten, positions, gathered, examples)
+    row_inputs, row_examples = zip(*rows.values(), strict=True) if rows else ((), ())
+    return RewrittenGraph(rewritten, positions, gathered, row_inputs, row_examples)
 
 
 def _replaced_nodes(sites: Sequence[PlannedSite]) -> set[fx.Node]:
@@ -204,36 +194,22 @@ def _gather(
         rewriter.env[placeholder] = whole
 
 
-def _padding_placeholders(
+def _row_inputs(
     rewriter: Rewriter, sites: Sequence[PlannedSite]
 ) -> dict[TokenClass, tuple[fx.Node, torch.Tensor]]:
-    """One more input per token class: a tensor of shape [padding + 2, 0].
+    """One more input per token class: a tensor of shape [rows, 0], rows >= MINIMUM_ROWS.
 
     The example sizes are primes that no other size is likely to have, so that nothing in the
     graph is taken for equal to them.
     """
     classes = dict.fromkeys((site.site.component, site.site.tokens) for site in sites)
-    primes = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069)
     made: dict[TokenClass, tuple[fx.Node, torch.Tensor]] = {}
     for number, token_class in enumerate(classes):
-        name = f"fgtp_padding_{token_class[0]}_{token_class[1]}"
-        example = torch.empty(primes[number % len(primes)], 0)
-        node = rewriter.new.placeholder(name)
-        node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
-        node.meta["example_value"] = fake_padding(rewriter.fake_mode, name, example)
+        name = f"fgtp_rows_{token_class[0]}_{token_class[1]}"
+        example = torch.empty(int(sympy.nextprime(100_000 + 100 * number)), 0)
+        node = dynamo.add_size_input(rewriter.new, rewriter.fake_mode, name, example)
         made[token_class] = (node, example)
     return made
-
-
-def fake_padding(mode: FakeTensorMode, name: str, example: torch.Tensor) -> torch.Tensor:
-    """A fake padding input whose first size is a symbol of its own."""
-    sizes = [DimDynamic.DYNAMIC, DimDynamic.STATIC]
-    fake: torch.Tensor = mode.from_tensor(
-        example,
-        symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
-        source=ConstantSource(name),
-    )
-    return fake
 
 
 def _lower(
@@ -241,21 +217,20 @@ def _lower(
     site: PlannedSite,
     group: ComponentGroup,
     shards: Mapping[fx.Node, fx.Node],
-    padding: fx.Node | None,
+    row_input: fx.Node | None,
 ) -> fx.Node:
     """Emit one site in place of its output node."""
     emit, match = rewriter.emit, site.match
-    source = rewriter.env[match.source]
+    source: fx.Node = rewriter.env[match.source]
     x = flatten_tokens(emit, site, source)
     tokens = rows = _static_rows(x) or rows_of(emit, x)
-    if padding is not None:
-        extra = subtract(emit, rows_of(emit, padding), PADDING_OFFSET)
+    if row_input is not None:
+        rows = rows_of(emit, row_input)
         is_ids = isinstance(match.stages[0], LookupStage)
-        x = pad_tokens(emit, x, extra, None if is_ids else value_of(x).shape[-1])
-        rows = rows_of(emit, x)
+        x = pad_tokens(emit, x, rows, None if is_ids else value_of(x).shape[-1])
     local = {p: shards.get(p, rewriter.env.get(p)) for p in site.cuts}
     result = SiteLowering(emit, site, group, local, rewriter.env).run(x, rows)
-    if padding is not None:
+    if row_input is not None:
         result = emit(torch.narrow, result, 0, 0, tokens)
     wanted = value_of(match.output)
     leading = [_size(emit, source, i) for i in range(wanted.dim() - 1)]

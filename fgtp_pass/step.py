@@ -1,7 +1,7 @@
 """One compiled graph at run time: hand it the shards, and meet the group before it runs."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import fx, nn
 
 from fgtp_pass.agreement import Act, Card, Council
-from fgtp_pass.errors import AgreementError, TokenCountError
+from fgtp_pass.dynamo import SizeGuard
+from fgtp_pass.errors import AgreementError, FgtpError, TokenCountError
 from fgtp_pass.ops import value_of
 from fgtp_pass.planner import PlannedSite, tokens_of
-from fgtp_pass.rewrite import PADDING_OFFSET, TokenClass
+from fgtp_pass.rewrite import MINIMUM_ROWS, TokenClass
 from fgtp_pass.weights import record_of, steps_of
 
 
@@ -24,25 +25,53 @@ def sites_number(sites: Sequence[PlannedSite]) -> int:
 
 
 class TokenCounter:
-    """Computes a graph's token counts, one per token class, from its inputs."""
+    """Computes a graph's token counts, one per token class, from its inputs.
 
-    def __init__(self, graph: fx.Graph, sites: Sequence[PlannedSite]):
+    guards: what the compiled graph takes for granted about the rows it runs at (ragged).
+    """
+
+    def __init__(
+        self, graph: fx.Graph, sites: Sequence[PlannedSite], guards: Sequence[SizeGuard] = ()
+    ):
         counts: dict[TokenClass, Any] = {}
         for site in sites:
             counts[site.site.component, site.site.tokens] = tokens_of(site.match)
         self.classes = tuple(counts)
-        expressions = [sympy.sympify(count) for count in counts.values()]
-        symbols = sorted(set().union(*(e.free_symbols for e in expressions)), key=str)
         where = _symbol_inputs(graph)
-        self._reads = [where[symbol] for symbol in symbols]
-        self._evaluate = sympy.lambdify(symbols, expressions, modules="math")
+        self._count = _Evaluator([sympy.sympify(count) for count in counts.values()], where)
+        self.guards = tuple(guard.condition for guard in guards)
+        row_symbols = {symbol: n for guard in guards for symbol, n in guard.numbers.items()}
+        behind = len(graph.find_nodes(op="placeholder"))
+        where |= {symbol: (behind + n, 0) for symbol, n in row_symbols.items()}
+        self._hold = _Evaluator(self.guards, where)
 
-    def __call__(self, args: Sequence[Any]) -> list[int]:
+    def __call__(self, inputs: Sequence[Any]) -> list[int]:
+        return [int(count) for count in self._count(inputs)]
+
+    def broken_guard(self, inputs: Sequence[Any]) -> sympy.Basic | None:
+        """A guard that does not hold for the inputs of the rewritten graph, or None."""
+        held = zip(self.guards, self._hold(inputs), strict=True)
+        return next((guard for guard, holds in held if not holds), None)
+
+
+class _Evaluator:
+    """Evaluates expressions in input sizes. `where`: (input, dim), or (input, None) for an int."""
+
+    def __init__(
+        self,
+        expressions: Sequence[sympy.Basic],
+        where: Mapping[sympy.Symbol, tuple[int, int | None]],
+    ):
+        symbols = sorted(set().union(*(e.free_symbols for e in expressions)), key=str)
+        self._reads = [where[symbol] for symbol in symbols]
+        self._function = sympy.lambdify(symbols, list(expressions), modules="math")
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         values = [
-            int(args[position] if dim is None else args[position].shape[dim])
+            int(inputs[position] if dim is None else inputs[position].shape[dim])
             for position, dim in self._reads
         ]
-        return [int(count) for count in self._evaluate(*values)]
+        return list(self._function(*values))
 
 
 def _symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int | None]]:
@@ -87,10 +116,16 @@ class Step:
         self.idle.remember(inputs)
         if self.council is not None:
             inputs += self._meet(self.council, self.counter(args))
+            broken = self.counter.broken_guard(inputs) if self.ragged else None
+            if broken is not None:
+                raise FgtpError(
+                    f"the compiled graph cannot run at these token counts: it needs {broken}. "
+                    "Run torch.compiler.reset() on every rank, so that it is compiled again."
+                )
         return self.compiled(*inputs)
 
     def _meet(self, council: Council, counts: list[int]) -> list[torch.Tensor]:
-        """Agree on the token counts of this run; the paddings to append to the inputs."""
+        """Agree on the token counts of this run; the row counts to append to the inputs."""
         cards = council.meet(Act.STEP, self.sites, counts)
         busy = [card for card in cards if card.act is Act.STEP]
         _check_same_sites(busy)
@@ -100,10 +135,7 @@ class Step:
                 raise TokenCountError(_counts_differ(self.counter.classes, busy))
             return []
         largest = [max(column) for column in zip(*(card.tokens for card in busy), strict=True)]
-        return [
-            torch.empty(most - own + PADDING_OFFSET, 0)
-            for most, own in zip(largest, counts, strict=True)
-        ]
+        return [torch.empty(max(most, MINIMUM_ROWS), 0) for most in largest]
 
 
 def _check_same_sites(cards: Sequence[Card]) -> None:
@@ -191,4 +223,5 @@ def _idle(step: Step) -> None:
         return  # the whole group idles
     _check_same_sites([*busy, Card(0, Act.IDLE, step.sites, ())])
     counts = [max(column) for column in zip(*(card.tokens for card in busy), strict=True)]
-    step.idle.run(counts)
+    least = MINIMUM_ROWS if step.ragged else 0
+    step.idle.run([max(count, least) for count in counts])

@@ -55,7 +55,7 @@ def _metadata_reads() -> set[Any]:
     ]  # fmt: skip
     reads = {getattr(tensor, name).__get__ for name in getters if hasattr(tensor, name)}
     reads |= {getattr(tensor, name) for name in methods if hasattr(tensor, name)}
-    reads |= {tensor.requires_grad.__set__, tensor.grad.__set__}  # type: ignore[attr-defined]
+    reads |= {getattr(tensor, name).__set__ for name in ("requires_grad", "grad")}
     return reads
 
 
@@ -82,7 +82,7 @@ class ShardedParameter(nn.Parameter):
         sharded = next(_sharded_among((args, kwargs)), None)
         raise ShardedWeightError(_explain(sharded, getattr(func, "__name__", str(func))))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         record = self._fgtp_record
         return (
             f"ShardedParameter({record.cut.fqn}, full shape {list(record.cut.shape)}, "

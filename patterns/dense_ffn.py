@@ -1,4 +1,4 @@
-"""mlp: x -> one or two projections up -> an activation, feature by feature -> one projection down."""
+"""mlp: x -> one or two projections up -> an activation, per feature -> a projection down."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What a rank does in numeric tests: its own prompts through the unsharded and the sharded model."""
+"""What a rank does in numeric tests: its own prompts, unsharded and sharded."""
 
 from typing import Any
 
@@ -28,7 +28,11 @@ def prompts(rank: int, batch: int, length: int, vocabulary: int) -> torch.Tensor
 
 @torch.no_grad()
 def decode(
-    model: Any, ids: torch.Tensor, steps: int, tokens: torch.Tensor | None = None, static: bool = False
+    model: Any,
+    ids: torch.Tensor,
+    steps: int,
+    tokens: torch.Tensor | None = None,
+    static: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill and greedy steps with a cache; logits [steps + 1, batch, vocabulary] and tokens.
 

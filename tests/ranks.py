@@ -122,8 +122,9 @@ class Pool:
             if not ready:
                 stacks = self._stacks()
                 self.kill()
-                raise RankTimeout(f"no end after {timeout:g} s on ranks {sorted(pending.values())}"
-                                  f"\n{stacks}")
+                raise RankTimeout(
+                    f"no end after {timeout:g} s on ranks {sorted(pending.values())}\n{stacks}"
+                )
             for pipe in ready:
                 try:
                     outcomes[pending[pipe]] = pipe.recv()

@@ -1,0 +1,96 @@
+"""What the pass needs of torch's compiler beyond its public interface, in one place.
+
+Private names used: `Node._dynamo_source` (where an input comes from), `Node.meta["example_value"]`
+(its fake value), `ShapeEnv.guards`. Checked with torch 2.11 to 2.13.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+
+def recorded_fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode of the values that Dynamo recorded; the tracing context has another one."""
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise AssertionError("Dynamo records fake values on every graph")
+
+
+def copy_source(source: fx.Node, target: fx.Node) -> None:
+    """Let `target` stand for the same input; backends look their inputs up by it."""
+    if hasattr(source, "_dynamo_source"):
+        target._dynamo_source = source._dynamo_source
+
+
+def add_size_input(
+    graph: fx.Graph, mode: FakeTensorMode, name: str, example: torch.Tensor
+) -> fx.Node:
+    """A new placeholder for tensors of shape [n, 0], where n >= 2 is a symbol of its own."""
+    node = graph.placeholder(name)
+    node._dynamo_source = ConstantSource(name)
+    node.meta["example_value"] = _fake_size_input(mode, name, example)
+    return node
+
+
+def _fake_size_input(mode: FakeTensorMode, name: str, example: torch.Tensor) -> FakeTensor:
+    fake: FakeTensor = mode.from_tensor(
+        example,
+        symbolic_context=StatelessSymbolicContext(
+            dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC]
+        ),
+        source=ConstantSource(name),
+    )
+    return fake
+
+
+@dataclass(frozen=True)
+class SizeGuard:
+    """A condition on input sizes; `numbers` says which symbols are which of the new inputs."""
+
+    condition: sympy.Basic
+    numbers: Mapping[sympy.Symbol, int]
+
+
+@contextmanager
+def new_inputs(
+    static: Sequence[torch.Tensor], sizes: Sequence[torch.Tensor], written: Sequence[fx.Node]
+) -> Iterator[list[SizeGuard]]:
+    """Tell the backend's tracing about inputs that Dynamo did not hand out.
+
+    static: tensors whose shapes never change. sizes: inputs as `add_size_input` makes them, and
+    `written`, their placeholders. Gives a list that holds, at the end, the guards that were put
+    on these sizes: Dynamo does not know the inputs and could not check them, so whoever passes
+    the sizes must.
+    """
+    mode, guards = detect_fake_mode(), list[SizeGuard]()
+    if mode is None or mode.shape_env is None:
+        yield guards
+        return
+    # The mode knows a real tensor again for as long as its fake lives.
+    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in static]
+    size_fakes = [_fake_size_input(mode, f"fgtp_rows_{i}", t) for i, t in enumerate(sizes)]
+    yield guards
+    numbers = {
+        fake.shape[0].node.expr: number
+        for values in (size_fakes, [node.meta["example_value"] for node in written])
+        for number, fake in enumerate(values)
+    }
+    guards += [SizeGuard(expr, numbers) for expr in _take_guards(mode.shape_env, set(numbers))]
+    del fakes
+
+
+def _take_guards(shape_env: ShapeEnv, symbols: set[sympy.Symbol]) -> list[sympy.Basic]:
+    """Remove the guards on any of `symbols`; returns them."""
+    taken = [guard for guard in shape_env.guards if guard.expr.free_symbols & symbols]
+    shape_env.guards = [guard for guard in shape_env.guards if guard not in taken]
+    return [guard.expr for guard in taken]
