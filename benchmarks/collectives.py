@@ -9,8 +9,9 @@
 Shapes are a rank's own tokens. A matmul with a 16 MB weight runs before every call, so that caches
 are as cold as in a decode step, then a barrier. The time is from the barrier to the end on the
 rank that ends later. `queued` is the share of that time in which the threads of the rank were
-runnable but had no core (the kernel's run-queue wait; Linux only): near 0 on a quiet machine, and
-what a second mode some milliseconds away comes from where other processes share the cores.
+runnable but had no core (the kernel's run-queue wait, summed over its threads, so it can pass 100%;
+Linux only). Where it is large, other processes share the cores, and a second mode some
+milliseconds away is theirs and not gloo's.
 Not measured: a network, more than two ranks, collectives in flight together.
 """
 
@@ -23,9 +24,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import (
+    add_realtime,
     machine,
     parser,
     pin,
+    realtime,
     report,
     run_ranks,
     shown,
@@ -37,6 +40,8 @@ WORLD = 2
 SHAPES = ((8, 2048), (32, 2048), (8, 16000))
 PINNING = ("before", "after", "off")
 _OPS = torch.ops._c10d_functional
+# renamed in torch 2.13
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def calls(group: str, tokens: int, width: int) -> dict[str, Callable[[], Any]]:
@@ -59,7 +64,7 @@ def calls(group: str, tokens: int, width: int) -> dict[str, Callable[[], Any]]:
         "all_to_all": all_to_all,
         "reduce_scatter": lambda: wait(_OPS.reduce_scatter_tensor(every, "sum", WORLD, group)),
         "exchange_sum": lambda: all_to_all().view(WORLD, tokens, width).sum(0),
-        "check": lambda: dist.all_gather_into_tensor(headers, header),
+        "check": lambda: _all_gather_flat(headers, header),
     }
 
 
@@ -74,7 +79,7 @@ def queue_seconds() -> float:
     return total / 1e9
 
 
-def rank_main(repetitions: int, pinning: str) -> list[dict[str, Any]]:
+def rank_main(repetitions: int, pinning: str, at_realtime: bool) -> list[dict[str, Any]]:
     """Times and run-queue waits by shape and collective."""
     if pinning == "after":
         pin(dist.get_rank())  # this thread only: those of gloo have started
@@ -89,13 +94,15 @@ def rank_main(repetitions: int, pinning: str) -> list[dict[str, Any]]:
         for repetition in range(-5, repetitions):
             for name, call in by_name.items():
                 F.linear(x, weight)
-                dist.barrier()
-                waited, start = queue_seconds(), time.perf_counter()
-                call()
-                elapsed = time.perf_counter() - start
+                with realtime(at_realtime):
+                    dist.barrier()
+                    waited, start = queue_seconds(), time.perf_counter()
+                    call()
+                    elapsed = time.perf_counter() - start
+                    waited = queue_seconds() - waited
                 if repetition >= 0:
                     times[name].append(elapsed)
-                    queued[name].append(queue_seconds() - waited)
+                    queued[name].append(waited)
         results.append({"shape": [tokens, width], "times": times, "queued": queued})
     return results
 
@@ -109,10 +116,16 @@ def main() -> None:
         default="before",
         help="bind to a core before gloo starts its threads, after (the main thread only), or not",
     )
+    add_realtime(arguments)
     given = arguments.parse_args()
-    at = machine() | {"pinned": given.pin}
+    at = machine() | {"pinned": given.pin, "realtime": given.realtime}
     per_rank = run_ranks(
-        WORLD, rank_main, given.repetitions, given.pin, pinned=given.pin == "before"
+        WORLD,
+        rank_main,
+        given.repetitions,
+        given.pin,
+        given.realtime,
+        pinned=given.pin == "before",
     )
     rows, results = [], []
     for together in zip(*per_rank, strict=True):

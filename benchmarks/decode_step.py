@@ -12,6 +12,11 @@ random weights, over a static cache of 64 positions. Variants, interleaved in on
                 loop: no attention, norms, activations, cache, guards. Nothing can be faster that
                 does the same matmuls with the same collectives.
 
+Matmuls of at most 64 rows in fp32 go to oneDNN in every variant (an Inductor pass in this file
+does that, `--gemm default` leaves it out). The library that torch takes by default for them, MKL,
+packs weights on each call and reaches half of the memory bandwidth or less on a processor that is
+not Intel's, which hides what reading fewer weights gains.
+
 A step is timed from a barrier to its end, on the rank that ends later. Not measured: prefill,
 sampling, a network (loopback only), more ranks than cores. The logits of dp, dtensor and pass are
 compared before anything is timed.
@@ -38,7 +43,8 @@ from common import (
     slower_rank,
     spread,
 )
-from torch import nn
+from torch import fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -60,18 +66,58 @@ SHAPE = {
     "num_key_value_heads": 4,
     "vocab_size": 32000,
 }
-TINY = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
+TINY = SHAPE | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
 VARIANTS = ("dp", "dtensor", "pass", "pass-nochk", "floor")
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
 # largest difference over largest logit; half precision rounds after every op
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
+
+
+# Opaque to Inductor, which lowers oneDNN's op for constant, packed weights only.
+_library = torch.library.Library("fgtp_benchmark", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl(_library, "linear", "CPU")
+def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+@torch.library.register_fake("fgtp_benchmark::linear")
+def _fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+class OneDnn(CustomGraphPass):
+    """x @ W.T with W [out, in] -> oneDNN's linear, in the graph that Inductor is about to lower."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+            x, turned = node.args
+            if turned.target is not torch.ops.aten.permute.default or not _suits(x.meta["val"]):
+                continue
+            with graph.inserting_before(node):
+                target = torch.ops.fgtp_benchmark.linear.default
+                new = graph.call_function(target, (x, turned.args[0]))
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+
+    def uuid(self) -> str:
+        return "fgtp-benchmark-onednn-2"
+
+
+def _suits(x: torch.Tensor) -> bool:
+    return x.dtype is torch.float32 and x.shape[0] <= 64
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What the variants' matmuls are compiled to."""
+    if torch._inductor.config.post_grad_custom_post_pass is not None and _suits(x):
+        out: torch.Tensor = torch.ops.fgtp_benchmark.linear(x, weight)
+        return out
+    return F.linear(x, weight)
 
 
 def build(shape: dict[str, int], dtype: torch.dtype) -> LlamaForCausalLM:
@@ -125,6 +171,9 @@ def decoder(model: Any, config: LlamaConfig, ids: torch.Tensor) -> Callable[[], 
     return step
 
 
+_FFN = ("gate", "up", "down")
+
+
 class Floor:
     """The matmuls and collectives of one step, on the shards of a model that the pass sharded."""
 
@@ -163,21 +212,18 @@ class Floor:
         x = self.x  # the values do not matter, the shapes do
         for i in range(self.layers):
             w = {k: self.w[f"model.layers.{i}.{k}.weight"] for k in _MATMULS}
-            q, _, _ = (F.linear(x, w[f"self_attn.{name}_proj"]) for name in "qkv")
-            self.exchange(F.linear(self.gather(q), w["self_attn.o_proj"]))
+            q, _, _ = (linear(x, w[f"self_attn.{name}_proj"]) for name in "qkv")
+            self.exchange(linear(self.gather(q), w["self_attn.o_proj"]))
             every = self.gather(x)
-            gate, _ = (F.linear(every, w[f"mlp.{name}_proj"]) for name in ("gate", "up"))
-            self.sum(F.linear(gate, w["mlp.down_proj"]))
-        return self.exchange(F.linear(self.gather(x), self.w["lm_head.weight"]))
+            gate, _ = (linear(every, w[f"mlp.{name}_proj"]) for name in _FFN[:2])
+            self.sum(linear(gate, w["mlp.down_proj"]))
+        return self.exchange(linear(self.gather(x), self.w["lm_head.weight"]))
 
 
-_MATMULS = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(
-    f"mlp.{n}_proj" for n in ("gate", "up", "down")
-)
+_MATMULS = (*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in _FFN))
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    got, want = got.float(), want.float()
     return float((got - want).abs().max() / want.abs().max())
 
 
@@ -189,10 +235,13 @@ def rank_main(
     names: list[str],
     repetitions: int,
     at_realtime: bool,
+    gemm: str,
 ) -> list[dict[str, Any]]:
     """On every rank: per token count the times of the variants and the errors of the logits."""
     # shared CPUs: a compile of the other rank must not look like a hang, and no pool of compilers
     torch._inductor.config.compile_threads = 1
+    if gemm == "onednn":
+        torch._inductor.config.post_grad_custom_post_pass = OneDnn()
     warnings.filterwarnings("ignore")
     floating = getattr(torch, dtype)
     mesh = dist.init_device_mesh("cpu", (WORLD,))
@@ -220,7 +269,7 @@ def rank_main(
             else:
                 compiled = torch.compile(model, dynamic=False)
             steps[name] = decoder(compiled, config, ids)
-        logits = {name: step().clone() for name, step in steps.items()}  # compiles
+        logits = {name: step().float() for name, step in steps.items()}  # compiles
         errors = {name: difference(value, logits["dp"]) for name, value in logits.items()}
         bad = {n: e for n, e in errors.items() if not e < TOLERANCE[dtype]}
         assert not bad, f"the logits differ from plain data parallelism: {bad}"
@@ -244,6 +293,7 @@ def main() -> None:
     arguments.add_argument("--tokens", type=integers, default=[1, 2, 4, 8, 16, 32])
     arguments.add_argument("--variants", default=",".join(VARIANTS))
     arguments.add_argument("--repetitions", type=int, default=24)
+    arguments.add_argument("--gemm", choices=("onednn", "default"), default="onednn")
     add_realtime(arguments)
     arguments.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark")
     given = arguments.parse_args()
@@ -261,6 +311,7 @@ def main() -> None:
         names,
         given.repetitions,
         given.realtime,
+        given.gemm,
     )
     rows, results = [], []
     for together in zip(*per_rank, strict=True):
@@ -285,8 +336,8 @@ def main() -> None:
         {
             "benchmark": "decode_step",
             "machine": at | {"realtime": given.realtime},
-            "model": shape,
-            "dtype": given.dtype,
+            "model": shape | {"dtype": given.dtype},
+            "gemm": given.gemm,
             "cache_positions": POSITIONS,
             "results": results,
         },

@@ -67,8 +67,8 @@ def deepseek_r1(tiny: bool) -> PretrainedConfig:
 
 
 MODELS = {
-    "llama-70b": (llama_70b, ("o_proj", "dense_ffn")),
-    "deepseek-r1": (deepseek_r1, ("o_proj", "dense_ffn", "lm_head")),
+    "llama-70b": (llama_70b, ("oproj", "mlp")),
+    "deepseek-r1": (deepseek_r1, ("oproj", "mlp", "lmhead")),
 }
 
 
@@ -195,6 +195,8 @@ def main() -> None:
         print("There is no CUDA device here, so nothing was measured; try --device cpu --tiny.")
         return
     at = machine()
+    if given.device == "cpu":
+        torch.set_num_threads(1)
     if given.device == "cuda":
         at["device"] = torch.cuda.get_device_name()
     world = max(given.groups)

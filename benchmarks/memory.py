@@ -1,15 +1,16 @@
 """Memory of a rank before and after sharding, and its peak while the weights are cut.
 
 A Llama-like fp32 model of some 0.2 billion random parameters on 2 and 4 gloo ranks. Each rank
-runs one step unsharded in eager mode, then compiles with the pass (eager inner backend, so that
-no compiler's memory is counted) and runs one step more.
+first shards a toy model, so that what a process loads once (Dynamo, the pass) is resident before;
+then it runs one step of the real one unsharded in eager mode, compiles it with the pass (eager
+inner backend: no inner compiler's memory is counted) and runs one step more.
 
     weights   bytes of the parameters that the rank really holds (shards and whole ones)
     resident  resident set of the process
-    returned  resident set given back over what the plan says; 95% is the target. A full model's
-              worth of steps has run before, so activations and libraries are resident both times
-    peak      largest resident set while sharding above the one before; at most the largest
-              weight (and what compiling a graph of this size takes) is right
+    returned  resident set given back, and over what the plan says; 95% is the target. The
+              graph itself, which stays, counts against it
+    peak      largest resident set while tracing and sharding above the one before; at most the
+              largest weight is right
 
 Not measured: accelerator memory, memory-mapped checkpoints.
 """
@@ -38,6 +39,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "vocab_size": 32000,
 }
+TOY = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
 MIB = 2**20
 
 
@@ -78,25 +80,27 @@ def held_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-@torch.no_grad()
-def rank_main(world: int, shape: dict[str, int]) -> dict[str, Any]:
-    warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
-    config = LlamaConfig(**shape, dtype=torch.float32)
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    ids = torch.randint(0, config.vocab_size, (4, 1))
-    # what a process loads once, compiler included, is not the model's
-    torch.compile(nn.Linear(8, 8), backend="eager")(torch.zeros(2, 8))
-    want = model(input_ids=ids, use_cache=False).logits
-    sizes = {
-        f"{name}_tensor_parallel_size": world for name in ("embedding", "lmhead", "oproj", "mlp")
-    }
-    fast = torch.compile(
+def compiled(model: nn.Module, world: int) -> Any:
+    sizes = {f"{c}_tensor_parallel_size": world for c in ("embedding", "lmhead", "oproj", "mlp")}
+    return torch.compile(
         model,
         backend=fgtp_pass.fgtp_backend,
         options={"finegrained_tp_config": sizes, "inner_backend": "eager"},
         dynamic=False,
     )
+
+
+@torch.no_grad()
+def rank_main(world: int, shape: dict[str, int]) -> dict[str, Any]:
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    ids = torch.randint(0, TOY["vocab_size"], (4, 1))
+    toy = LlamaForCausalLM(LlamaConfig(**TOY)).eval().requires_grad_(False)
+    compiled(toy, world)(input_ids=ids, use_cache=False)
+    model = LlamaForCausalLM(LlamaConfig(**shape, dtype=torch.float32)).eval()
+    model.requires_grad_(False)
+    want = model(input_ids=ids, use_cache=False).logits
+    fast = compiled(model, world)
     before, held_before = resident(), held_bytes(model)
     with PeakWatch() as watch:
         got = fast(input_ids=ids, use_cache=False).logits

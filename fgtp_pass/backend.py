@@ -95,8 +95,19 @@ def _has_group(options: Options) -> bool:
     return size > 1
 
 
+# by group: how many of its ranks the smallest host has, which bounds "auto"
+_ranks_on_host: dict[DataParallelGroup, int] = {}
+
+
 def _data_parallel(options: Options) -> DataParallelGroup:
-    return data_parallel_group(options.process_group, timedelta(seconds=options.timeout_seconds))
+    """The data-parallel group. Its ranks meet when they first use it, whatever their options."""
+    group = data_parallel_group(options.process_group, timedelta(seconds=options.timeout_seconds))
+    if group not in _ranks_on_host:
+        hosts = [hostname()]
+        if group.size > 1:
+            hosts = [card.words for card in _wide_council(group).meet(Act.SHARD, words=hosts[0])]
+        _ranks_on_host[group] = min(Counter(hosts).values())
+    return group
 
 
 def _report_early_failure(options: Mapping[str, Any] | None, error: Exception) -> None:
@@ -131,10 +142,8 @@ class Runtime:
         self.options = options
         self.group = group
         self.wide = _wide_council(group)
-        cards = self.wide.meet(Act.SHARD, words={"hostname": hostname()})
-        hosts = Counter(card.words["hostname"] for card in cards)
         try:
-            self.sizes = options.sizes.resolve(group.size, min(hosts.values()))
+            self.sizes = options.sizes.resolve(group.size, _ranks_on_host[group])
         except ConfigError as error:
             _tell(self.wide, error)
             raise

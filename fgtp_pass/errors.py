@@ -1,8 +1,17 @@
 """Every error that a user of the pass can meet. Each message says what is wrong and what to do."""
 
+from torch._dynamo.exc import ShortenTraceback
 
-class FgtpError(Exception):
-    """Base of all errors raised by fgtp_pass."""
+
+class FgtpError(ShortenTraceback):
+    """Base of all errors raised by fgtp_pass.
+
+    Dynamo wraps what a backend raises in BackendCompilerFailed, except for errors of this class
+    of its own, so that `except ConfigError` works around a compiled call.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args, first_useful_frame=None)
 
 
 class ConfigError(FgtpError, ValueError):
@@ -13,17 +22,17 @@ class DetectionError(FgtpError, ValueError):
     """A requested component has no site in the model, or its weights cannot be cut as asked."""
 
 
-class AgreementError(FgtpError, RuntimeError):
+class AgreementError(FgtpError):
     """The ranks of a group do not agree, or one of them failed; names the rank and its reason."""
 
 
-class TokenCountError(FgtpError, RuntimeError):
+class TokenCountError(FgtpError):
     """`tokens="equal"` was promised, but the ranks of a group came with different token counts."""
 
 
-class ShardedWeightError(FgtpError, RuntimeError):
+class ShardedWeightError(FgtpError):
     """A weight that is in force as shards was read or changed as if it were whole."""
 
 
-class InferenceOnlyError(FgtpError, RuntimeError):
+class InferenceOnlyError(FgtpError):
     """The model was compiled with gradients enabled."""

@@ -229,7 +229,7 @@ def _lower(
         is_ids = isinstance(match.stages[0], LookupStage)
         x = pad_tokens(emit, x, rows, None if is_ids else value_of(x).shape[-1])
     local = {p: shards.get(p, rewriter.env.get(p)) for p in site.cuts}
-    result = SiteLowering(emit, site, group, local, rewriter.env).run(x, rows)
+    result: fx.Node = SiteLowering(emit, site, group, local, rewriter.env).run(x, rows)
     if row_input is not None:
         result = emit(torch.narrow, result, 0, 0, tokens)
     wanted = value_of(match.output)

@@ -1,0 +1,117 @@
+"""Every architecture: the exact weights per component, and the reason for everything else."""
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from decoding import sizes
+
+import fgtp_pass
+from fgtp_pass import Plan
+
+# category of a parameter (by its name, in the test only) -> what the reason must say
+REASONS = {
+    "qkv": ("attention core", "low-rank"),
+    "router": ("router",),
+    "expert": ("expert", "no matmul or lookup"),
+    "shared_expert": ("shared expert",),
+    "shared_expert_gate": ("no component's definition",),
+    "position_embedding": ("positions", "no vocabulary"),
+    "norm": ("vector",),
+    "other": ("vector", "no matmul", "does not use"),
+}
+
+
+def plan_of(name: str, attention: str = "sdpa", meta: bool = False, **call: Any) -> Plan:
+    device = "meta" if meta else "cpu"
+    model = zoo.build(name, attn_implementation=attention, device=device if meta else None)
+    ids = torch.randint(0, model.config.vocab_size, (2, 7)).to(device)
+    return fgtp_pass.make_plan(
+        model,
+        kwargs={"input_ids": ids, **call},
+        finegrained_tp_config=sizes(2),
+        data_parallel_size=2,
+        allow_missing=missing(name),
+    )
+
+
+def missing(name: str) -> tuple[str, ...]:
+    return tuple(c for c, fqns in zoo.ARCHITECTURES[name].expected.items() if not fqns)
+
+
+def weights_by_component(plan: Plan) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for site in plan.sites:
+        found.setdefault(site.component, set()).update(w.fqn for w in site.weights)
+    return found
+
+
+def assert_expected(name: str, plan: Plan) -> None:
+    expected = {c: set(f) for c, f in zoo.ARCHITECTURES[name].expected.items() if f}
+    assert weights_by_component(plan) == expected
+
+
+@pytest.mark.parametrize("name", list(zoo.ARCHITECTURES))
+def test_sites_and_reasons(name: str) -> None:
+    plan = plan_of(name, use_cache=True)
+    assert_expected(name, plan)
+    categories = zoo.expected_left_alone(name)
+    assert {left.fqn for left in plan.left_alone} == set(categories)
+    for left in plan.left_alone:
+        accepted = REASONS[categories[left.fqn]]
+        assert any(word in left.reason for word in accepted), (left.fqn, left.reason)
+
+
+@pytest.mark.parametrize("name", list(zoo.ARCHITECTURES))
+def test_sites_do_not_depend_on_how_the_model_is_called(name: str) -> None:
+    assert_expected(name, plan_of(name, attention="eager", use_cache=False, logits_to_keep=1))
+    assert_expected(name, plan_of(name, meta=True, use_cache=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "deepseek_v3", "llama4"])
+def test_sites_of_a_dynamic_graph(name: str) -> None:
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        assert_expected(name, plan_of(name, use_cache=True))
+
+
+def test_plans_need_no_names() -> None:
+    """Renaming every module and parameter changes nothing but the names."""
+    model = zoo.build("llama")
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    options = {"finegrained_tp_config": sizes(2), "data_parallel_size": 2}
+    plain = fgtp_pass.make_plan(model, kwargs={"input_ids": ids}, **options)
+    layers = model.model.layers
+    for layer in layers:  # swap what the names promise: up for gate, q for o
+        layer.mlp.gate_proj, layer.mlp.up_proj = layer.mlp.up_proj, layer.mlp.gate_proj
+    swapped = fgtp_pass.make_plan(model, kwargs={"input_ids": ids}, **options)
+    assert weights_by_component(plain) == weights_by_component(swapped)
+
+
+def test_plan_round_trips_through_json() -> None:
+    plan = plan_of("deepseek_v3", use_cache=True)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.fingerprint == plan.fingerprint
+    assert str(again) == str(plan)
+
+
+def test_plan_prints_as_a_table() -> None:
+    text = str(plan_of("llama", use_cache=True))
+    for word in ("embedding", "lmhead", "oproj", "mlp", "all_gather", "freed/rank", "total"):
+        assert word in text
+
+
+def test_bytes_saved_is_what_the_shapes_say() -> None:
+    plan = plan_of("gpt2", use_cache=True)
+    model = zoo.build("gpt2")
+    named = dict(model.named_parameters())
+    saved = 0
+    for fqn, (cut, k) in plan.cuts().items():
+        full = named[fqn]
+        assert tuple(full.shape) == cut.shape
+        padded = list(full.shape)
+        assert cut.cut_dim is not None
+        padded[cut.cut_dim] = -(-padded[cut.cut_dim] // k)
+        saved += (full.numel() - torch.Size(padded).numel()) * 4
+    assert plan.bytes_saved_per_rank == saved
