@@ -34,11 +34,12 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
     for matmul in view.matmuls:
         if matmul.weight is None or matmul.node in found.claimed:
             continue
-        latent = view.matmul_at(view.facts[matmul.input].origin)
+        origin = view.facts[matmul.input].origin
+        latent = view.matmul_at(origin) if origin is not None else None
         if latent is None or Reach.ATTENTION not in view.reach[matmul.node]:
             continue
         # The latent of keys and values also goes into attention as it is (the rotated part).
-        if view.reach[latent.node] is not Reach.MATMUL:
+        if view.reach[latent.node] != Reach.MATMUL:
             continue
         # A projection of the embeddings, as OPT has, is read by q, k and v.
         readers = [m for m in view.matmuls if view.facts[m.input].origin is latent.node]

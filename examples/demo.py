@@ -9,6 +9,7 @@ Exits with status 1 if the sharded model gives other tokens, or if a rank fails 
 import argparse
 import gc
 import logging
+import os
 import statistics
 import sys
 import time
@@ -158,6 +159,7 @@ class Demo:
         if not self.console.is_terminal:
             self.console.width = 120
         self.start = time.perf_counter()
+        self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         if not self.quiet:
             logger = logging.getLogger("fgtp_pass")
             logger.setLevel(logging.INFO)
@@ -170,7 +172,7 @@ class Demo:
         return _Stage(self, text)
 
     def working_inner_backend(self) -> str:
-        """"inductor", or "eager" where there is no C++ compiler that Inductor could use."""
+        """Gives "inductor", or "eager" where there is no C++ compiler that Inductor could use."""
         with self.stage("trying Inductor"):
             try:
                 torch.compile(lambda x: x.sin() + 1, backend="inductor")(torch.ones(8))
@@ -219,6 +221,12 @@ class Demo:
         self.console.print(plan_table(plan))
         self.console.print(memory_table(ranks))
         self.console.print(speed_table(list(runs), ranks, self.setting.batch))
+        if self.load > 1:
+            self.console.print(
+                f"The machine was busy when this started (load {self.load:.1f} on "
+                f"{os.cpu_count()} cores), so the times above say little: a collective waits for "
+                "the slower rank."
+            )
         count = self.setting.new_tokens * self.setting.batch
         for rank, said in enumerate(ranks):
             verdict = "[green]the same[/]" if said["same"] else "[bold red]DIFFERENT[/]"

@@ -1,6 +1,8 @@
-"""What would the pass do to Llama-3.1-8B on 8 data-parallel ranks? Needs no ranks and no weights.
+"""What would the pass do to Llama-3.1-8B on 8 data-parallel ranks?
 
     python examples/plan_a_model.py
+
+Needs no ranks and no weights.
 """
 
 from collections import Counter

@@ -23,6 +23,7 @@ from fgtp_pass.ops import (
     merges,
     op_kind,
     op_name,
+    picks_from,
     tensor_inputs,
     value_of,
     written_nodes,
@@ -38,7 +39,7 @@ class Facts:
     cores: attention cores it carries through token-local ops, no residual stream mixed in.
     origin: the one matmul, lookup, core or input that it is a function of, besides statics.
     scores: carries a product of two activations (before a softmax); probs: the softmax of that.
-    selected: its tokens were picked by data.
+    selected: its tokens were picked by data. chosen: computed from a topk or argmax.
     """
 
     static: bool = False
@@ -48,6 +49,7 @@ class Facts:
     scores: bool = False
     probs: bool = False
     selected: bool = False
+    chosen: bool = False
 
 
 class Reach(Flag):
@@ -79,6 +81,7 @@ class GraphView:
         self.normal_form = NormalForm()
         self.cores: list[fx.Node] = []
         self.facts: dict[fx.Node, Facts] = {}
+        self.writes: list[tuple[fx.Node, fx.Node]] = []  # (op, what it changes in place)
         self._static: set[fx.Node] = set()
         for node in graph.nodes:
             self._set(node, self._forward(node, buffers))
@@ -97,13 +100,44 @@ class GraphView:
         return self.normal_form.matmuls.get(node)
 
     @cached_property
+    def token_tables(self) -> list[Lookup]:
+        """The lookups by token ids."""
+        return [lookup for lookup in self.lookups if self.facts[lookup.ids].token_ids]
+
+    @cached_property
+    def routers(self) -> frozenset[fx.Node]:
+        """The matmuls from whose results experts are chosen, with those in front of them."""
+        found: set[fx.Node] = set()
+        heights = {lookup.weight.in_features for lookup in self.token_tables}
+        for matmul in self.matmuls:
+            width = value_of(matmul.node).shape[-1]
+            vocabulary = width in heights or width > value_of(matmul.input).shape[-1]
+            if Reach.CHOICE not in self.reach[matmul.node] or vocabulary:
+                continue
+            part: ParamMatmul | None = matmul
+            while part is not None and part.node not in found:  # a router may be an MLP
+                found.add(part.node)
+                before = self.facts[part.input].origin
+                part = self.matmul_at(before) if before is not None else None
+        return frozenset(found)
+
+    @cached_property
     def router_sources(self) -> frozenset[fx.Node]:
-        """Roots of activations from which a matmul makes a choice that is not returned."""
+        """The roots of the activations that routers read."""
         return frozenset(
-            self.root(m.input)
-            for m in self.matmuls
-            if Reach.CHOICE in self.reach[m.node] and self.returned_matmul(m.node) is None
+            self.root(matmul.input) for matmul in self.matmuls if matmul.node in self.routers
         )
+
+    def weighted_by_choice(self, node: fx.Node) -> bool:
+        """Whether the value is scaled by what a topk or argmax chose, as an expert's result is."""
+        for user in node.users:
+            if op_kind(user) is OpKind.LAYOUT and self.weighted_by_choice(user):
+                return True
+            if not merges(user) and any(
+                self.facts[n].chosen for n in tensor_inputs(user) if n is not node
+            ):
+                return True
+        return False
 
     @cached_property
     def outputs(self) -> list[fx.Node]:
@@ -120,6 +154,14 @@ class GraphView:
         while node.op in ("call_function", "call_method"):
             name = op_name(node)
             if not (name in CASTS or (is_tensor(node) and keeps_token_order(node))):
+                break
+            node = node.all_input_nodes[0]
+        return node
+
+    def memory(self, node: fx.Node) -> fx.Node:
+        """The node whose memory a view shares."""
+        while node.op in ("call_function", "call_method") and is_tensor(node):
+            if op_kind(node) is not OpKind.LAYOUT or not is_tensor(node.all_input_nodes[0]):
                 break
             node = node.all_input_nodes[0]
         return node
@@ -171,14 +213,16 @@ class GraphView:
                 self.cores.append(node)
                 return Facts(cores=frozenset({node}), origin=node)
             return Facts(scores=len(active) > 1)
+        chosen = kind is OpKind.CHOICE or any(facts.chosen for facts in active)
         if kind in (OpKind.CHOICE, OpKind.OTHER):
-            return Facts(origin=origin)
+            return Facts(origin=origin, chosen=chosen)
         if kind is OpKind.SELECT:
-            return Facts(origin=origin, selected=True)
+            return Facts(origin=origin, selected=True, chosen=chosen)
         local = Facts(
             origin=origin,
             cores=self._carried_cores(node, inputs, active),
             selected=all(facts.selected for facts in active) or active[0].selected,
+            chosen=chosen,
         )
         if kind is OpKind.FEATURES:
             return replace(local, probs=op_name(node) == SOFTMAX and active[0].scores)
@@ -203,6 +247,7 @@ class GraphView:
 
     def _apply_writes(self, node: fx.Node) -> None:
         """An op that writes into its argument changes what later reads of that argument see."""
+        self.writes += [(node, written) for written in written_nodes(node)]
         for written in _written_memory(node):
             facts = self.facts[node]
             if not is_value(node) or node in self.cores:
@@ -225,7 +270,7 @@ class GraphView:
                     found |= Reach.MATMUL
                 else:
                     found |= reach[user]
-                    if op_kind(user) is OpKind.CHOICE:
+                    if op_kind(user) is OpKind.CHOICE or picks_from(user, node):
                         found |= Reach.CHOICE
             for written in _written_memory(node):
                 for user in written.users:  # what later reads of the written tensor flow into

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.amp.autocast_mode import _enter_autocast
 
 from fgtp_pass.dataflow import GraphView, Reach
 from fgtp_pass.normal_form import ParamMatmul
-from fgtp_pass.ops import OpKind, op_kind, op_name, value_of
+from fgtp_pass.ops import OpKind, op_kind, value_of
 from fgtp_pass.pattern import Findings, LookupStage, Match, Pattern, Refusal
 
 
@@ -32,7 +33,7 @@ def detect(
     """
     view = GraphView(graph, *_split_inputs(graph, example_inputs))
     found, refused = Findings(), dict[fx.Node, str]()
-    autocast = any(op_name(node) == "_enter_autocast" for node in graph.nodes)
+    autocast = any(node.target is _enter_autocast for node in graph.nodes)
     for pattern in patterns:
         for result in pattern.find(view, found):
             if isinstance(result, Refusal):
@@ -112,7 +113,7 @@ def _reason(view: GraphView, placeholder: fx.Node) -> str:
             return f"a bias: {_matmul_reason(view, owner)}"
         return "a vector of one value per feature (a norm, a scale or a bias)"
     if dims > 2:
-        return "expert weights: a stack of matrices among which a router chooses"
+        return f"a parameter of {dims} dims (stacked experts, a convolution): no component's weight"
     for matmul in view.matmuls:
         if matmul.weight is not None and matmul.weight.placeholder is placeholder:
             return _matmul_reason(view, matmul)
@@ -125,10 +126,10 @@ def _reason(view: GraphView, placeholder: fx.Node) -> str:
 
 def _matmul_reason(view: GraphView, matmul: ParamMatmul) -> str:
     reach = view.reach[matmul.node]
-    if view.root(matmul.input) in view.router_sources and Reach.CHOICE in reach:
-        return "a router: experts are chosen from its result"
+    if matmul.node in view.routers:
+        return "a router: experts or tokens are chosen from its result"
     if Reach.ATTENTION in reach:
         return "feeds an attention core (q, k or v): it is cut with the heads, not over tokens"
     if any(view.facts[other.input].origin is matmul.node for other in view.matmuls):
-        return "feeds another projection through a norm: the first half of a low-rank projection"
+        return "feeds only another projection: the inner half of a low-rank pair or transform"
     return "no component's definition fits its place in the graph"

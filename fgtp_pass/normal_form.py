@@ -13,6 +13,7 @@ from fgtp_pass.ops import (
     TRANSPOSES,
     OpKind,
     argument,
+    is_tensor,
     op_kind,
     op_name,
     tensor_inputs,
@@ -109,6 +110,8 @@ def read_matmul(
         why_not = "it is an addmm with a scale"
     if bias_node is not None and (bias_node not in static or value_of(bias_node).dim() != 1):
         why_not = "its added term is not a bias vector"
+    elif bias_node is not None and bias_node not in parameters:
+        why_not = "its bias is computed in the graph"
     return ParamMatmul(node, data, weight, bias_node, why_not)
 
 
@@ -118,7 +121,9 @@ def _trace_weight(node: fx.Node, parameters: set[fx.Node], transposed: bool) -> 
     while node not in parameters:
         name = op_name(node)
         if name in CASTS:
-            cast = cast or value_of(node).dtype
+            if cast is not None and cast is not value_of(node).dtype:
+                return None  # through a narrower dtype and back
+            cast = value_of(node).dtype
         elif name in TRANSPOSES and value_of(node).dim() == 2:
             source = node.all_input_nodes[0]
             if value_of(source).shape != value_of(node).shape[::-1]:
@@ -144,13 +149,18 @@ def _permutation(node: fx.Node) -> tuple[int, ...]:
 
 
 def read_lookup(node: fx.Node, parameters: set[fx.Node]) -> Lookup | None:
-    """The record of an embedding lookup in a 2-D parameter, or None."""
-    if op_kind(node) is not OpKind.LOOKUP:
+    """The record of a lookup of rows in a 2-D parameter, or None."""
+    if op_kind(node) is OpKind.LOOKUP:
+        ids, table = argument(node, "input", 0), argument(node, "weight", 1)
+        renormalised = argument(node, "max_norm", 3) is not None
+        why_not = "its lookup renormalises the table in place" if renormalised else ""
+    elif op_name(node) in ("getitem", "index_select"):
+        table, ids = node.args[0], node.args[-1]
+        why_not = "it is indexed, which takes negative ids too"
+    else:
         return None
-    ids, table = argument(node, "input", 0), argument(node, "weight", 1)
-    if table not in parameters or not isinstance(ids, fx.Node):
+    if table not in parameters or value_of(table).dim() != 2:
         return None
-    why_not = ""
-    if argument(node, "max_norm", 3) is not None:
-        why_not = "its lookup renormalises the table in place"
+    if not isinstance(ids, fx.Node) or not is_tensor(ids):
+        return None
     return Lookup(node, ids, Weight(table, in_dim=0, out_dim=1), why_not)

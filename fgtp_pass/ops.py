@@ -65,7 +65,7 @@ _MORE_POINTWISE = _CASTS | {
     "bitwise_or",
 }  # fmt: skip
 # torch.Tag.pointwise on one overload, but not as these names are used here
-_NOT_POINTWISE = {"max", "min", "copy", "bernoulli", "normal", "prelu"}
+_NOT_POINTWISE = {"max", "min", "copy", "bernoulli", "normal", "prelu", "rrelu"}
 _FEATURES = {
     "layer_norm", "rms_norm", "group_norm", "normalize", "softmax", "log_softmax", "mean", "sum",
     "var", "std", "norm", "vector_norm", "amax", "amin", "max", "min", "logsumexp", "glu",
@@ -201,6 +201,16 @@ def _indexed_by_tensor(node: fx.Node) -> bool:
     return any(is_tensor(i) for i in (index if isinstance(index, (tuple, list)) else (index,)))
 
 
+def picks_from(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` takes single entries of the features of `node`, or asks for the best one."""
+    name = op_name(user)
+    if name in ("gather", "take_along_dim"):
+        return user.args[0] is node
+    if name in ("max", "min") and not is_tensor(user):  # (values, indices)
+        return any(op_name(u) == "getitem" and u.args[1] == 1 for u in user.users)
+    return False
+
+
 def merges(node: fx.Node) -> bool:
     """Whether the op mixes values of equal standing (a residual add, a cat), unlike a gate."""
     return op_name(node) not in _GATES
@@ -210,8 +220,10 @@ def keeps_token_order(node: fx.Node) -> bool:
     """Whether a LAYOUT op leaves the elements in row-major order and the last dim as it is."""
     if op_name(node) not in _ORDER_KEEPING:
         return False
-    before, after = node.all_input_nodes[0], value_of(node)
-    return is_tensor(before) and value_of(before).shape[-1:] == after.shape[-1:]
+    if not node.all_input_nodes or not is_tensor(node.all_input_nodes[0]):
+        return False
+    before, after = value_of(node.all_input_nodes[0]), value_of(node)
+    return before.shape[-1:] == after.shape[-1:] and before.dtype is after.dtype
 
 
 @functools.cache

@@ -103,6 +103,16 @@ def single_matmul(component: str, matmul: ParamMatmul, cuts: tuple[Cut, ...]) ->
     return Match(component, (stage,), matmul.input, matmul.node)
 
 
+# Vocabularies are padded to a multiple of this at most (GPU tile sizes: Megatron-LM pads to 128).
+_VOCABULARY_MULTIPLE = 128
+
+
+def same_vocabulary(one: int, other: int) -> bool:
+    """Whether two sizes are one vocabulary, up to the padding of the larger."""
+    small, large = min(one, other), max(one, other)
+    return large <= -(-small // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
 def count_depends_on_data(source: fx.Node) -> str:
     """A reason if the number of tokens of `source` is known only when it has been computed."""
     for size in value_of(source).shape:

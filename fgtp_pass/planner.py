@@ -50,6 +50,7 @@ def plan_graph(
         size = sizes.get(match.component, 1)
         if size > 1:
             planned.append(_plan_site(detection, match, size, token_counts))
+    _keep_one_cut_each(planned)
     cut = {placeholder for site in planned for placeholder in site.cuts}
     for match in detection.matches:
         if sizes.get(match.component, 1) <= 1:
@@ -138,6 +139,14 @@ def _stage_cuts(
         for vector in stage.region.vectors:
             record(vector, 0, int(value_of(vector).shape[0]) // stage.region.width)
     return cuts
+
+
+def _keep_one_cut_each(planned: list[PlannedSite]) -> None:
+    """Drop the later of two sites that would cut one parameter differently; it is gathered."""
+    cuts: dict[fx.Node, WeightCut] = {}
+    for site in list(planned):
+        if any(cuts.setdefault(p, cut) != cut for p, cut in site.cuts.items()):
+            planned.remove(site)
 
 
 def _parameters(match: Match) -> list[fx.Node]:

@@ -47,19 +47,26 @@ class Region:
     shape_reads: tuple[fx.Node, ...]
 
 
-def find_region(view: GraphView, down: ParamMatmul) -> Region | str:
+@dataclass(frozen=True)
+class NoRegion:
+    """Why there is no region in front of a matmul, and whether it reads projections at all."""
+
+    reason: str
+    reads_projection: bool
+
+
+def find_region(view: GraphView, down: ParamMatmul) -> Region | NoRegion:
     """The region in front of `down`, or the reason why there is none that can be cut."""
-    walked = _walk_back(view, down)
-    if isinstance(walked, str):
-        return walked
-    ups, inner = walked
-    if not ups:
-        return "it reads no other projection"
-    return _check(view, down, ups, inner)
+    ups, inner, reason = _walk_back(view, down)
+    if not reason and not ups:
+        reason = "it reads no other projection"
+    found = reason or _check(view, down, ups, inner)
+    return NoRegion(found, reads_projection=bool(ups)) if isinstance(found, str) else found
 
 
-def _walk_back(view: GraphView, down: ParamMatmul) -> tuple[list[ParamMatmul], list[fx.Node]] | str:
-    """The matmuls that `down` reads through pointwise and layout ops, and the ops in between.
+def _walk_back(view: GraphView, down: ParamMatmul) -> tuple[list[ParamMatmul], list[fx.Node], str]:
+    """The matmuls that `down` reads through pointwise and layout ops, the ops in between, and a
+    reason if it reads anything else.
 
     Visits the nearest node first, so that a walk that leaves the FFN ends after a few steps.
     """
@@ -75,15 +82,15 @@ def _walk_back(view: GraphView, down: ParamMatmul) -> tuple[list[ParamMatmul], l
             continue
         kind = op_kind(node)
         if kind is OpKind.FEATURES:
-            return f"a {op_name(node)} over all its inner features stands before it"
+            return ups, inner, f"a {op_name(node)} over all its inner features stands before it"
         if kind not in (OpKind.POINTWISE, OpKind.LAYOUT) or len(inner) >= _MAX_OPS:
-            return "its input is no function of projections alone"
+            return ups, inner, "its input is no function of projections alone"
         inner.append(node)
         for n in tensor_inputs(node):
             if not view.facts[n].static and view.order[n] not in by_order:
                 by_order[view.order[n]] = n
                 heapq.heappush(heap, -view.order[n])
-    return ups[::-1], inner[::-1]
+    return ups[::-1], inner[::-1], ""
 
 
 def _check(
@@ -104,6 +111,9 @@ def _check(
         reason = _check_op(view, node, width, alias, blocks, vectors, ops)
         if reason:
             return reason
+    reason = _written_between(view, ups, down)
+    if reason:
+        return reason
     result = alias.get(down.input, down.input)
     if blocks.get(result) is None or len(blocks[result]) != 1:
         return "its inner features are not laid out in blocks"
@@ -111,10 +121,10 @@ def _check(
     if isinstance(shape_reads, str):
         return shape_reads
     known = _sizes_of_tokens(ups[0].input)
-    for read in shape_reads:
-        for size in value_of(read.all_input_nodes[0]).shape:
+    for shaped in (down.node, *(read.all_input_nodes[0] for read in shape_reads)):
+        for size in value_of(shaped).shape:
             if not isinstance(size, int) and size.node.expr not in known:
-                return "the shape of its inner features is read elsewhere"
+                return "it has a shape that is not made of its input's sizes"
     return Region(tuple(ups), result, width, tuple(ops), alias, blocks, tuple(vectors), shape_reads)
 
 
@@ -142,6 +152,9 @@ def _check_op(
     held = {blocks[alias.get(n, n)] for n in inputs if alias.get(n, n) in blocks}
     if len({len(b) for b in held}) != 1:
         return "differently laid out inner features meet"
+    shapes = [tuple(value_of(n).shape) for n in inputs if alias.get(n, n) in blocks]
+    if any(shape[:-1] != tuple(value_of(node).shape)[:-1] for shape in shapes):
+        return "its inner features are broadcast over tokens"
     for n in inputs:
         if alias.get(n, n) not in blocks:
             reason = _check_static_operand(view, n, width * len(next(iter(held))), vectors)
@@ -237,3 +250,14 @@ def _sizes_of_tokens(source: fx.Node) -> set[object]:
     if not isinstance(tokens, int):
         known.add(tokens.node.expr)
     return known
+
+
+def _written_between(view: GraphView, ups: list[ParamMatmul], down: ParamMatmul) -> str:
+    """The ups are computed where `down` stands: what they read must not change before that."""
+    first, last = min(view.order[up.node] for up in ups), view.order[down.node]
+    reads = {view.memory(up.input) for up in ups}
+    reads |= {up.weight.placeholder for up in ups if up.weight is not None}
+    for node, written in view.writes:
+        if first < view.order[node] < last and view.memory(written) in reads:
+            return "what it reads is changed in place before its last matmul"
+    return ""

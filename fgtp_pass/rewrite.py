@@ -233,7 +233,7 @@ def _lower(
     if row_input is not None:
         result = emit(torch.narrow, result, 0, 0, tokens)
     wanted = value_of(match.output)
-    leading = [_size(emit, source, i) for i in range(wanted.dim() - 1)]
+    leading = [_size_like(emit, size, site, source) for size in wanted.shape[:-1]]
     if wanted.dim() != 2 or not isinstance(match.stages[0], MatmulStage):
         result = emit(torch.reshape, result, (*leading, int(wanted.shape[-1])))
     return result
@@ -242,11 +242,6 @@ def _lower(
 def _static_rows(x: fx.Node) -> int | None:
     rows = value_of(x).shape[0]
     return rows if isinstance(rows, int) else None
-
-
-def _size(emit: Any, node: fx.Node, dim: int) -> Any:
-    size = value_of(node).shape[dim]
-    return size if isinstance(size, int) else emit(torch.ops.aten.sym_size.int, node, dim)
 
 
 def _shape_reads(sites: Sequence[PlannedSite]) -> dict[fx.Node, PlannedSite]:

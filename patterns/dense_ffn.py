@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from fgtp_pass.algebra import Cut
 from fgtp_pass.dataflow import GraphView, Reach
-from fgtp_pass.ops import OpKind, op_kind
+from fgtp_pass.normal_form import ParamMatmul
+from fgtp_pass.ops import OpKind, op_kind, value_of
 from fgtp_pass.pattern import (
     Findings,
     Match,
@@ -13,7 +14,7 @@ from fgtp_pass.pattern import (
     Refusal,
     count_depends_on_data,
 )
-from fgtp_pass.region import find_region
+from fgtp_pass.region import NoRegion, Region, find_region
 
 COMPONENT = "mlp"
 
@@ -28,30 +29,20 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
         if down.weight is None or down.node in found.claimed:
             continue
         region = find_region(view, down)
-        if isinstance(region, str):
-            reads_projection = view.facts[down.input].origin in view.normal_form.matmuls
-            if reads_projection and Reach.ATTENTION not in view.reach[down.node]:
-                yield Refusal(down.weight.placeholder, region)
+        if isinstance(region, NoRegion):
+            if region.reads_projection and Reach.ATTENTION not in view.reach[down.node]:
+                yield Refusal(down.weight.placeholder, region.reason)
             continue
         ups = region.ups
         if any(up.weight is None or up.node in found.claimed for up in ups):
             continue
-        up_weights = [up.weight for up in ups if up.weight is not None]
-        weights = [*up_weights, down.weight]
-        roots = {view.root(up.input) for up in ups}
-        reason = (
-            next((m.why_not for m in (*ups, down) if m.why_not), "")
-            or count_depends_on_data(down.input)
-            or _not_an_ffn(view, region.ops, len(ups), roots)
+        reason = next((m.why_not for m in (*ups, down) if m.why_not), "") or _not_a_dense_ffn(
+            view, down, region
         )
-        if not reason and any(w.in_features != down.weight.out_features for w in up_weights):
-            reason = "it is a chain of projections that does not return to its input's width"
-        if not reason and roots & view.router_sources:
-            reason = "it is a shared expert or one of the experts: a router reads the same input"
-        if not reason and any(view.facts[up.input].selected for up in ups):
-            reason = "it is an expert: its tokens are picked by data"
         if reason:
-            yield from (Refusal(weight.placeholder, reason) for weight in weights)
+            for matmul in (*ups, down):
+                if matmul.weight is not None:
+                    yield Refusal(matmul.weight.placeholder, reason)
             continue
         first = MatmulStage(
             ups, (Cut.OUT,), tuple(len(region.blocks[up.node]) for up in ups), region
@@ -60,12 +51,30 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
         yield Match(COMPONENT, (first, second), ups[0].input, down.node)
 
 
-def _not_an_ffn(view: GraphView, ops: tuple, ups: int, roots: set) -> str:  # type: ignore[type-arg]
-    if ups > 2 or len(roots) != 1:
+def _not_a_dense_ffn(view: GraphView, down: ParamMatmul, region: Region) -> str:
+    """Why matmuls joined by a region are another component, or a reason not to cut them."""
+    ups, roots = region.ups, {view.root(up.input) for up in region.ups}
+    (root, *other_roots) = roots
+    assert down.weight is not None
+    if len(ups) > 2 or other_roots:
         return "it joins projections of different activations"
-    if not any(op_kind(op) is OpKind.POINTWISE for op in ops):
+    if not any(op_kind(op) is OpKind.POINTWISE for op in region.ops):
         return "it is a low-rank pair: no activation function stands between the projections"
-    return ""
+    if any(up.weight and up.weight.in_features != down.weight.out_features for up in ups):
+        return "it is a chain of projections that does not return to its input's width"
+    if down.node in view.routers:
+        return "it is a part of a router: experts are chosen from its result"
+    if root in view.router_sources or view.weighted_by_choice(down.node):
+        return "it is a shared expert or one of the experts: a router reads the same input"
+    if any(view.facts[up.input].selected for up in ups):
+        return "it is an expert: its tokens are picked by data"
+    if root.op == "placeholder" and value_of(root).dim() == 2 and not (view.cores or view.lookups):
+        return "it stands alone on a list of tokens: Dynamo cuts experts out like this"
+    placeholders = [m.weight.placeholder for m in (*ups, down) if m.weight]
+    vectors = [*region.vectors, *(m.bias for m in (*ups, down) if m.bias is not None)]
+    if len({*placeholders, *vectors}) < len(placeholders) + len(vectors):
+        return "one of its parameters has two roles"
+    return count_depends_on_data(down.input)
 
 
 PATTERN = Pattern(

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from fgtp_pass.algebra import Cut
-from fgtp_pass.dataflow import GraphView
+from fgtp_pass.dataflow import GraphView, Reach
+from fgtp_pass.normal_form import ParamMatmul
 from fgtp_pass.pattern import Findings, Match, Pattern, Refusal, single_matmul
 
 COMPONENT = "oproj"
@@ -17,8 +18,10 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
     """
     readers = [m for m in view.matmuls if view.facts[m.input].cores]
     for matmul in readers:
-        if matmul.weight is None:
-            continue
+        if matmul.weight is None or Reach.ATTENTION in view.reach[matmul.node]:
+            continue  # q, k or v of a next layer that has no o_proj before it
+        if view.returned_matmul(matmul.node) and _is_vocabulary(view, matmul):
+            continue  # an lm_head right behind an attention without o_proj
         cores = view.facts[matmul.input].cores
         if sum(bool(view.facts[other.input].cores & cores) for other in readers) > 1:
             # q, k and v of a next layer, or an FFN: there is no projection of the core's own
@@ -26,6 +29,11 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
             yield Refusal(matmul.weight.placeholder, reason)
             continue
         yield single_matmul(COMPONENT, matmul, cuts=(Cut.IN, Cut.OUT))
+
+
+def _is_vocabulary(view: GraphView, matmul: ParamMatmul) -> bool:
+    assert matmul.weight is not None
+    return any(t.weight.in_features == matmul.weight.out_features for t in view.token_tables)
 
 
 PATTERN = Pattern(COMPONENT, "oproj_tensor_parallel_size", find, aliases=("o_proj_local_tp",))
