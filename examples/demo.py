@@ -221,7 +221,7 @@ class Demo:
         self.console.print(plan_table(plan))
         self.console.print(memory_table(ranks))
         self.console.print(speed_table(list(runs), ranks, self.setting.batch))
-        if self.load > 1:
+        if self.load > 0.75 * (os.cpu_count() or 1):
             self.console.print(
                 f"The machine was busy when this started (load {self.load:.1f} on "
                 f"{os.cpu_count()} cores), so the times above say little: a collective waits for "
@@ -269,9 +269,9 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("component")
     for name in ("sites", "group size"):
         table.add_column(name, justify="right")
-    table.add_column("path")
-    for name in ("freed per rank", "collectives per step"):
-        table.add_column(name, justify="right")
+    table.add_column("path", min_width=17)  # its longest word
+    table.add_column("freed per rank", justify="right")
+    table.add_column("collectives per step", justify="right", min_width=16)
     for key in dict.fromkeys((s.component, s.group_size, s.path) for s in plan.sites):
         sites = [s for s in plan.sites if (s.component, s.group_size, s.path) == key]
         cuts = {w.fqn: w for s in sites for w in s.weights if w.cut_dim is not None}

@@ -12,7 +12,7 @@ from fgtp_pass.errors import (
 )
 from fgtp_pass.pattern import Pattern
 from fgtp_pass.plan import Plan
-from fgtp_pass.planning import make_plan
+from fgtp_pass.planning import GraphSnapshot, make_plan, snapshot_graphs
 from fgtp_pass.step import idle_step
 from fgtp_pass.weights import applied_plan, full_state_dict, shard_state_dict, unshard
 
@@ -21,6 +21,7 @@ __all__ = [
     "ConfigError",
     "DetectionError",
     "FgtpError",
+    "GraphSnapshot",
     "InferenceOnlyError",
     "Pattern",
     "Plan",
@@ -32,5 +33,6 @@ __all__ = [
     "idle_step",
     "make_plan",
     "shard_state_dict",
+    "snapshot_graphs",
     "unshard",
 ]

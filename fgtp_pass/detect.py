@@ -9,6 +9,7 @@ from torch import fx
 from torch.amp.autocast_mode import _enter_autocast
 
 from fgtp_pass.dataflow import GraphView, Reach
+from fgtp_pass.dynamo import paused_garbage_collection
 from fgtp_pass.normal_form import ParamMatmul
 from fgtp_pass.ops import OpKind, op_kind, value_of
 from fgtp_pass.pattern import Findings, LookupStage, Match, Pattern, Refusal
@@ -23,6 +24,7 @@ class Detection:
     left_alone: dict[str, str]
 
 
+@paused_garbage_collection()
 def detect(
     graph: fx.Graph, example_inputs: Sequence[object], patterns: Sequence[Pattern]
 ) -> Detection:

@@ -4,6 +4,7 @@ Private names used: `Node._dynamo_source` (where an input comes from), `Node.met
 (its fake value), `ShapeEnv.guards`. Checked with torch 2.11 to 2.13.
 """
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,18 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+
+@contextmanager
+def paused_garbage_collection() -> Iterator[None]:
+    """For code that makes many nodes and drops none: collecting would walk all of them often."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def recorded_fake_mode(graph: fx.Graph) -> FakeTensorMode:

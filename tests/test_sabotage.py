@@ -1,0 +1,50 @@
+"""Tests of the tests: without one of its collectives a component must come out wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+from decoding import compare_with_unsharded, sizes
+from ranks import Pools
+
+from fgtp_pass import collectives
+
+PATHS = {
+    "embedding": ("all_gather", "reduce_scatter"),
+    "lmhead": ("all_gather", "all_to_all"),
+    "oproj": ("all_gather", "all_to_all"),
+    "mlp": ("all_gather", "reduce_scatter"),
+}
+
+
+def _without(collective: str, component: str) -> dict[str, Any]:
+    """The collective keeps its shapes, but only ever sees this rank's own data."""
+
+    def local_gather(emit: Any, group: Any, x: Any) -> Any:
+        return emit(torch.cat, [x] * group.size)
+
+    def local_exchange(emit: Any, group: Any, x: Any, rows: Any) -> Any:
+        return emit(torch.clone, x)
+
+    def local_scatter(emit: Any, group: Any, x: Any, rows: Any, features: int) -> Any:
+        return emit(torch.narrow, x, 0, 0, rows)
+
+    fakes = {
+        "all_gather": local_gather,
+        "all_to_all": local_exchange,
+        "reduce_scatter": local_scatter,
+    }
+    real = getattr(collectives, collective)
+    setattr(collectives, collective, fakes[collective])
+    try:
+        return compare_with_unsharded("llama", sizes(**{component: 2}), lengths=(5,))
+    finally:
+        setattr(collectives, collective, real)
+
+
+@pytest.mark.parametrize(
+    ("component", "collective"), [(c, step) for c, steps in PATHS.items() for step in steps]
+)
+def test_dropping_a_collective_is_noticed(ranks: Pools, component: str, collective: str) -> None:
+    results = ranks(2).run(_without, collective, component)
+    assert max(result["max"] for result in results) > 1e-3

@@ -1,0 +1,87 @@
+"""Graphs before and after the pass, pinned as text. Update: pytest --update-snapshots."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from decoding import sizes
+from test_detection import missing
+
+import fgtp_pass
+from fgtp_pass import GraphSnapshot
+
+FOLDER = Path(__file__).parent / "snapshots"
+# per architecture: a name of the snapshot, and how many all_gather, all_to_all, reduce_scatter.
+# embedding: 1 + 0 + 1; lm_head: 1 + 1 + 0; each o_proj: 1 + 1 + 0, or 0 + 1 + 1 where its input
+# is wider than its output; each FFN: 1 + 0 + 1.
+COUNTS = {
+    "llama": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
+    "gpt2": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
+    "falcon": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
+    "phi3": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
+    "gemma3": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
+    "deepseek_v3": (1 + 1 + 1, 1 + 3, 1 + 1 + 3),
+}
+
+
+def snapshot(name: str, tokens: str = "equal") -> GraphSnapshot:
+    model = zoo.build(name, **({"v_head_dim": 20} if name == "deepseek_v3" else {}))
+    ids = torch.randint(0, 160, (2, 7))
+    (graph,) = fgtp_pass.snapshot_graphs(
+        model,
+        kwargs={"input_ids": ids, "use_cache": False},
+        finegrained_tp_config={k: v for k, v in sizes(2).items() if k[:3] not in missing(name)},
+        data_parallel_size=4,
+        rank=1,
+        tokens=tokens,
+    )
+    return graph
+
+
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_graphs_are_as_pinned(name: str, request: pytest.FixtureRequest) -> None:
+    graph = snapshot(name)
+    for when, text in (("before", graph.before), ("after", graph.after)):
+        path = FOLDER / f"{name}.{when}.txt"
+        if request.config.getoption("--update-snapshots"):
+            FOLDER.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert path.read_text() == text, f"{path.name} changed; if meant, run make snapshots"
+
+
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_exact_number_of_each_collective(name: str) -> None:
+    graph = snapshot(name)
+    ops = Counter(
+        word
+        for line in graph.after.splitlines()
+        for word in ("all_gather_into_tensor", "all_to_all_single", "reduce_scatter_tensor")
+        if f"::{word}(" in line
+    )
+    gathers, exchanges, scatters = COUNTS[name]
+    assert ops["all_gather_into_tensor"] == gathers == graph.collectives["all_gather"]
+    assert ops["all_to_all_single"] == exchanges == graph.collectives["all_to_all"]
+    assert ops["reduce_scatter_tensor"] == scatters == graph.collectives["reduce_scatter"]
+    assert "_c10d_functional" not in graph.before
+
+
+def test_ragged_adds_one_row_count_per_component() -> None:
+    added = [line for line in snapshot("llama", "ragged").after.splitlines() if "fgtp_rows" in line]
+    assert sum(line.startswith("input ") for line in added) == 4
+
+
+def test_graph_of_the_o_proj_uses_the_path_with_fewer_bytes() -> None:
+    wide = zoo.build("deepseek_v3", v_head_dim=20)  # 4 heads x 20 > 64
+    narrow = zoo.build("deepseek_v3", v_head_dim=12)  # 4 heads x 12 < 64
+    paths = []
+    for model in (wide, narrow):
+        plan = fgtp_pass.make_plan(
+            model,
+            kwargs={"input_ids": torch.zeros(1, 4, dtype=torch.long)},
+            finegrained_tp_config=sizes(oproj=2),
+            data_parallel_size=2,
+        )
+        paths += {site.collectives for site in plan.sites}
+    assert paths == [("all_to_all", "reduce_scatter"), ("all_gather", "all_to_all")]
