@@ -265,13 +265,13 @@ class _ToConsole(logging.Handler):
 
 
 def plan_table(plan: Plan) -> Table:
-    table = Table(title=f"plan {plan.fingerprint}")
+    table = Table(title=f"plan {plan.fingerprint}, bytes freed per rank")
     table.add_column("component")
-    for name in ("sites", "group size"):
+    for name in ("sites", "group\nsize"):
         table.add_column(name, justify="right")
     table.add_column("path", min_width=17)  # its longest word
-    table.add_column("freed per rank", justify="right")
-    table.add_column("collectives per step", justify="right", min_width=16)
+    table.add_column("freed", justify="right")
+    table.add_column("collectives\nper step", justify="right")
     for key in dict.fromkeys((s.component, s.group_size, s.path) for s in plan.sites):
         sites = [s for s in plan.sites if (s.component, s.group_size, s.path) == key]
         cuts = {w.fqn: w for s in sites for w in s.weights if w.cut_dim is not None}

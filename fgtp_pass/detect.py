@@ -1,7 +1,7 @@
 """detect: run the patterns over a graph; give each parameter a site or a reason to stay whole."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +26,18 @@ class Detection:
 
 @paused_garbage_collection()
 def detect(
-    graph: fx.Graph, example_inputs: Sequence[object], patterns: Sequence[Pattern]
+    graph: fx.Graph,
+    example_inputs: Sequence[object],
+    patterns: Sequence[Pattern],
+    names: Mapping[int, str] | None = None,
 ) -> Detection:
     """Find the sites of all patterns. Reads the graph, changes nothing.
 
     example_inputs: the values that Dynamo hands to a backend, one per placeholder; they tell
-    parameters from other inputs.
+    parameters from other inputs. names: the parameters' names by id, where they are known; else
+    they are Dynamo's, relative to the module whose code it compiles.
     """
-    view = GraphView(graph, *_split_inputs(graph, example_inputs))
+    view = GraphView(graph, *_split_inputs(graph, example_inputs, names or {}))
     found, refused = Findings(), dict[fx.Node, str]()
     autocast = any(node.target is _enter_autocast for node in graph.nodes)
     for pattern in patterns:
@@ -87,7 +91,7 @@ def fqn_of_source(source: str) -> tuple[str, str]:
 
 
 def _split_inputs(
-    graph: fx.Graph, example_inputs: Sequence[object]
+    graph: fx.Graph, example_inputs: Sequence[object], names: Mapping[int, str]
 ) -> tuple[dict[fx.Node, str], set[fx.Node]]:
     """The placeholders of parameters with their names, and those of buffers."""
     parameters: dict[fx.Node, str] = {}
@@ -97,7 +101,7 @@ def _split_inputs(
         source = getattr(node, "_dynamo_source", None)
         fqn, kind = fqn_of_source(source.name) if source is not None else ("", "")
         if isinstance(value, torch.nn.Parameter):
-            parameters[node] = fqn or str(node.target)
+            parameters[node] = names.get(id(value)) or fqn or str(node.target)
         elif kind:
             buffers.add(node)
     return parameters, buffers

@@ -117,6 +117,25 @@ class Plan(_Frozen):
         """Equal on two ranks exactly when their plans are equal."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
+    def with_prefix(self, prefix: str) -> "Plan":
+        """The same plan for a model in which the planned module is the submodule `prefix`."""
+        if not prefix:
+            return self
+        sites = (
+            site.model_copy(
+                update={
+                    "weights": tuple(
+                        w.model_copy(update={"fqn": prefix + w.fqn}) for w in site.weights
+                    )
+                }
+            )
+            for site in self.sites
+        )
+        left_alone = (
+            left.model_copy(update={"fqn": prefix + left.fqn}) for left in self.left_alone
+        )
+        return self.model_copy(update={"sites": tuple(sites), "left_alone": tuple(left_alone)})
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)
 
@@ -172,7 +191,7 @@ def merge(plans: Iterable[Plan]) -> Plan | None:
 
     The sites of the graph with the most weights come first; what any graph cuts is not left alone.
     """
-    distinct = sorted(set(plans), key=lambda plan: -len(plan.sites))
+    distinct = sorted(set(plans), key=lambda plan: (-len(plan.sites), plan.fingerprint))
     if not distinct:
         return None
     sites = {_site_key(site): site for plan in reversed(distinct) for site in reversed(plan.sites)}

@@ -111,9 +111,11 @@ def _trace(
 ) -> list[tuple[fx.GraphModule, PlannedGraph]]:
     """The graphs with parameters that one call of the model makes, and their plans."""
     traced: list[tuple[fx.GraphModule, PlannedGraph]] = []
+    named = model.named_parameters() if isinstance(model, nn.Module) else ()
+    names = {id(parameter): name for name, parameter in named}
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        detection = detect(gm.graph, example_inputs, (*BUILTIN, *patterns))
+        detection = detect(gm.graph, example_inputs, (*BUILTIN, *patterns), names)
         if detection.view.parameters:
             traced.append((gm, plan_graph(detection, sizes, data_parallel_size)))
         return gm.forward

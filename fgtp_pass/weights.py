@@ -113,7 +113,9 @@ def _explain(parameter: ShardedParameter | None, operation: str) -> str:
         f"{operation}: {name} is sharded over its group by fgtp_pass, so this rank does not hold "
         "its data. Call fgtp_pass.full_state_dict(model) for a whole checkpoint, "
         "fgtp_pass.shard_state_dict(model) for this rank's shards, or fgtp_pass.unshard(model) "
-        "to make the model whole again; call the compiled model, not the original, to run it."
+        "to make the model whole again; call the compiled model, not the original, to run it. "
+        "(If you did, Dynamo has probably reached torch._dynamo.config.recompile_limit and runs "
+        "the model uncompiled.)"
     )
 
 
@@ -218,7 +220,16 @@ def sharded_parameters(model: nn.Module) -> dict[str, ShardedParameter]:
 
 def applied_plan(model: nn.Module) -> Plan | None:
     """The plan that is in force on the model's weights, or None."""
-    return merge(p._fgtp_record.plan for p in sharded_parameters(model).values())
+    plans: dict[int, tuple[Plan, set[str]]] = {}
+    for name, parameter in sharded_parameters(model).items():
+        record = parameter._fgtp_record
+        _, prefixes = plans.setdefault(id(record.plan), (record.plan, set()))
+        prefixes.add(name.removesuffix(record.cut.fqn) if name.endswith(record.cut.fqn) else "")
+    # Where Dynamo breaks a model up, it names parameters relative to the module of each frame.
+    return merge(
+        plan.with_prefix(prefixes.pop() if len(prefixes) == 1 else "")
+        for plan, prefixes in plans.values()
+    )
 
 
 def steps_of(model: nn.Module) -> "list[Step]":

@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 from decoding import sizes
+from ranks import Pools
 
 import fgtp_pass
 from fgtp_pass import Plan
@@ -115,3 +116,60 @@ def test_bytes_saved_is_what_the_shapes_say() -> None:
         padded[cut.cut_dim] = -(-padded[cut.cut_dim] // k)
         saved += (full.numel() - torch.Size(padded).numel()) * 4
     assert plan.bytes_saved_per_rank == saved
+
+
+class Broken(torch.nn.Module):
+    """A decoder that Dynamo compiles in several pieces, a layer's attention and FFN apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = zoo.build("llama")
+        for layer in self.model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+        self.config = self.model.config
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def test_a_model_that_dynamo_splits_keeps_all_its_layers() -> None:
+    plan = fgtp_pass.make_plan(
+        Broken(),
+        args=(torch.zeros(1, 5, dtype=torch.long),),
+        finegrained_tp_config=sizes(oproj=2, mlp=2),
+        data_parallel_size=2,
+    )
+    found = weights_by_component(plan)
+    expected = zoo.ARCHITECTURES["llama"].expected
+    assert found["oproj"] == {f"model.{fqn}" for fqn in expected["oproj"]}
+    assert found["mlp"] == {f"model.{fqn}" for fqn in expected["mlp"]}
+
+
+@torch.no_grad()
+def _split_model_in_ranks() -> None:
+    from decoding import relative_errors
+
+    model = Broken()
+    ids = torch.randint(0, 160, (2, 5))
+    want = model(ids)
+    fast = torch.compile(
+        model,
+        backend=fgtp_pass.fgtp_backend,
+        options={
+            "finegrained_tp_config": sizes(2),
+            "inner_backend": "eager",
+            "allow_missing": ["embedding", "lmhead", "oproj", "mlp"],
+        },
+    )
+    for _ in range(2):
+        assert relative_errors(fast(ids), want)[0] < 1e-5
+    plan = fgtp_pass.applied_plan(fast)
+    assert plan is not None
+    expected = zoo.ARCHITECTURES["llama"].expected
+    assert weights_by_component(plan)["mlp"] == {f"model.{fqn}" for fqn in expected["mlp"]}
+    assert weights_by_component(plan)["oproj"] == {f"model.{fqn}" for fqn in expected["oproj"]}
+    fgtp_pass.idle_step(fast)  # every rank idles, in every piece
+
+
+def test_a_model_that_dynamo_splits_runs(ranks: Pools) -> None:
+    ranks(2).run(_split_model_in_ranks)

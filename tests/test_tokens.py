@@ -77,7 +77,7 @@ def test_the_check_can_be_turned_off(ranks: Pools) -> None:
     assert max(ranks(2).run(_check_off)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "deepseek_v3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "deepseek_v3", "qwen3"])
 def test_ragged_batches_and_lengths(ranks: Pools, name: str) -> None:
     results = ranks(2).run(compare_with_unsharded, name, sizes(2), tokens="ragged")
     assert all(result["max"] <= 1e-5 and result["same_tokens"] for result in results)
