@@ -20,7 +20,7 @@ from fgtp_pass.detect import detect
 from fgtp_pass.dynamo import SizeGuard
 from fgtp_pass.errors import AgreementError, ConfigError, FgtpError, InferenceOnlyError
 from fgtp_pass.plan import WeightCut, format_bytes
-from fgtp_pass.planner import PlannedGraph, check_requested, plan_graph
+from fgtp_pass.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
 from fgtp_pass.rewrite import RewrittenGraph, idle_graph, rewrite
 from fgtp_pass.step import IdleProgram, Step, TokenCounter, sites_number
 from fgtp_pass.versions import check_torch, library_versions
@@ -190,14 +190,7 @@ class Runtime:
         detection = detect(gm.graph, inputs, self.options.all_patterns)
         planned = plan_graph(detection, self.sizes, self.group.size)
         in_force = _in_force(gm, inputs)
-        fits = tuple(
-            site
-            for site in planned.sites
-            if all(
-                in_force.get(p, (cut, site.site.group_size)) == (cut, site.site.group_size)
-                for p, cut in site.cuts.items()
-            )
-        )
+        fits = tuple(site for site in planned.sites if _fits(site, in_force))
         if fresh:
             check_requested(planned.plan, self.options.sizes.requested, self.options.allow_missing)
         return PlannedGraph(planned.plan, fits, detection)
@@ -275,6 +268,12 @@ class Runtime:
         for value in inputs:
             if isinstance(value, weights.ShardedParameter) and value not in self._agreed:
                 weights.unshard_parameter(value)
+
+
+def _fits(site: PlannedSite, in_force: Mapping[fx.Node, tuple[WeightCut, int]]) -> bool:
+    """Whether the site's parameters are whole, or sharded as the site would shard them."""
+    shared = [(cut, in_force[p]) for p, cut in site.cuts.items() if p in in_force]
+    return all(cut.cuts_like(held) and size == site.site.group_size for cut, (held, size) in shared)
 
 
 def _in_force(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[WeightCut, int]]:

@@ -118,13 +118,17 @@ class DataParallelGroup:
         return self._groups[size, backend]
 
 
-_known: dict[tuple[str, timedelta], DataParallelGroup] = {}
+_known: list[DataParallelGroup] = []
 
 
 def data_parallel_group(process_group: Any, timeout: timedelta) -> DataParallelGroup:
     """The one DataParallelGroup of a process group, so that compiled models share subgroups."""
     group = DataParallelGroup(process_group, timeout)
-    return _known.setdefault((group.process_group.group_name, timeout), group)
+    for known in _known:
+        if known.process_group is group.process_group and known.timeout == timeout:
+            return known
+    _known.append(group)
+    return group
 
 
 def hostname() -> str:

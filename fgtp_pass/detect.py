@@ -13,6 +13,7 @@ from fgtp_pass.dynamo import paused_garbage_collection
 from fgtp_pass.normal_form import ParamMatmul
 from fgtp_pass.ops import OpKind, op_kind, value_of
 from fgtp_pass.pattern import Findings, LookupStage, Match, Pattern, Refusal
+from fgtp_pass.weights import ShardedParameter
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,16 @@ def detect(
     view = GraphView(graph, *_split_inputs(graph, example_inputs, names or {}))
     found, refused = Findings(), dict[fx.Node, str]()
     autocast = any(node.target is _enter_autocast for node in graph.nodes)
+    special = _special_parameters(graph, example_inputs)
     for pattern in patterns:
         for result in pattern.find(view, found):
             if isinstance(result, Refusal):
                 refused.setdefault(result.placeholder, result.reason)
-            elif autocast:
+                continue
+            reason = next((special[w] for w in _weights(result) if w in special), "")
+            if autocast:
                 reason = "the graph switches autocast, so its dtypes are not known"
+            if reason:
                 refused.update((w, reason) for w in _weights(result))
             else:
                 found.add(result)
@@ -105,6 +110,17 @@ def _split_inputs(
         elif kind:
             buffers.add(node)
     return parameters, buffers
+
+
+def _special_parameters(graph: fx.Graph, example_inputs: Sequence[object]) -> dict[fx.Node, str]:
+    """Parameters that are tensor subclasses (DTensor, quantised weights), with that reason."""
+    placeholders = graph.find_nodes(op="placeholder")
+    return {
+        node: f"its parameter is a {type(value).__name__}, not a plain one"
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, torch.nn.Parameter)
+        and type(value) not in (torch.nn.Parameter, ShardedParameter)
+    }
 
 
 # reasons ----------------------------------------------------------------------------------------

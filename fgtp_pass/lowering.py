@@ -76,7 +76,7 @@ class SiteLowering:
         """[rows, W] -> [k*rows, W/k]: each rank gets its features of everyone's tokens."""
         emit, k = self.emit, self.group.size
         cut = self._cut_of(self.site.match.stages[0])
-        padding = k * cut.block_width(k) - cut.shape[_dim(cut)]
+        padding = k * cut.block_width(k) - cut.shape[cut.dim]
         if padding:
             x = emit(F.pad, x, (0, padding))
         parts = emit(torch.reshape, x, (rows, k, cut.block_width(k)))
@@ -93,7 +93,7 @@ class SiteLowering:
         """[k*rows, W/k] -> [rows, W]: each rank gets all features of its own tokens."""
         emit, k = self.emit, self.group.size
         cut = self._cut_of(self.site.match.stages[-1])
-        width = cut.shape[_dim(cut)]
+        width = cut.shape[cut.dim]
         parts = collectives.all_to_all(emit, self.group, x, rows)
         stacked = emit(torch.reshape, parts, (k, rows, cut.block_width(k)))
         by_token = emit(torch.transpose, stacked, 0, 1)
@@ -211,27 +211,6 @@ class SiteLowering:
         if own == -(-weight.in_features // self.group.size):
             return shard
         return self.emit(torch.narrow, shard, dim, 0, own)
-
-
-def _dim(cut: WeightCut) -> int:
-    assert cut.cut_dim is not None
-    return cut.cut_dim
-
-
-def gather_weight(emit: Emit, group: ComponentGroup, cut: WeightCut, shard: Any) -> Any:
-    """The full parameter from its shards: Cut -ag-> Whole, on any dim and with any blocks."""
-    dim, k, width = _dim(cut), group.size, cut.block_width(group.size)
-    block = cut.shape[dim] // cut.blocks
-    first = emit(torch.movedim, shard, dim, 0) if dim else shard
-    rest = [size for i, size in enumerate(cut.shape) if i != dim]
-    gathered = collectives.all_gather(emit, group, emit(torch.Tensor.contiguous, first))
-    by_rank = emit(torch.reshape, gathered, (k, cut.blocks, width, *rest))
-    by_block = emit(torch.transpose, by_rank, 0, 1)
-    padded = emit(torch.reshape, by_block, (cut.blocks, k * width, *rest))
-    if k * width > block:
-        padded = emit(torch.narrow, padded, 1, 0, block)
-    whole = emit(torch.reshape, padded, (cut.shape[dim], *rest))
-    return emit(torch.movedim, whole, 0, dim) if dim else whole
 
 
 def flatten_tokens(emit: Emit, site: PlannedSite, x: Any) -> Any:

@@ -37,10 +37,19 @@ class WeightCut(_Frozen):
         itemsize: int = getattr(torch, self.dtype).itemsize
         return math.prod(self.shape) * itemsize
 
+    @property
+    def dim(self) -> int:
+        """The dim that is cut, of a parameter that is."""
+        assert self.cut_dim is not None, f"{self.fqn} stays whole"
+        return self.cut_dim
+
+    def cuts_like(self, other: "WeightCut") -> bool:
+        """Whether both cut a parameter the same way, whatever name Dynamo gave it."""
+        return self == other.model_copy(update={"fqn": self.fqn})
+
     def block_width(self, group_size: int) -> int:
         """Width of a shard within one block: ceil(block / k); the last shard is padded to it."""
-        assert self.cut_dim is not None
-        return -(-(self.shape[self.cut_dim] // self.blocks) // group_size)
+        return -(-(self.shape[self.dim] // self.blocks) // group_size)
 
     def shard_shape(self, group_size: int) -> tuple[int, ...]:
         """Shape of the shard on every rank."""

@@ -19,7 +19,6 @@ from fgtp_pass.collectives import ComponentGroup
 from fgtp_pass.lowering import (
     SiteLowering,
     flatten_tokens,
-    gather_weight,
     pad_tokens,
     rows_of,
 )
@@ -27,6 +26,7 @@ from fgtp_pass.ops import OpKind, op_kind, value_of
 from fgtp_pass.pattern import LookupStage, MatmulStage
 from fgtp_pass.plan import WeightCut
 from fgtp_pass.planner import PlannedGraph, PlannedSite
+from fgtp_pass.shards import gather_weight
 
 # A size of 0 or 1 is never dynamic for torch's compiler, so ragged sites run at 2 rows at least.
 MINIMUM_ROWS = 2

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from fgtp_pass.collectives import ComponentGroup
 from fgtp_pass.errors import ShardedWeightError
-from fgtp_pass.lowering import gather_weight
 from fgtp_pass.plan import Plan, WeightCut, merge
+from fgtp_pass.shards import cut_local, gather_weight
 
 if TYPE_CHECKING:
     from fgtp_pass.step import Step
@@ -126,20 +126,6 @@ def record_of(value: object) -> ShardRecord | None:
 def set_step(parameter: ShardedParameter, step: "Step") -> None:
     """Note the compiled graph that reads the parameter's shard, for `idle_step`."""
     parameter._fgtp_record.step = step
-
-
-def cut_local(full: torch.Tensor, cut: WeightCut, size: int, rank: int) -> torch.Tensor:
-    """This rank's part of a full parameter: its columns of each block, padded with zeros."""
-    assert cut.cut_dim is not None
-    width = cut.block_width(size)
-    block = cut.shape[cut.cut_dim] // cut.blocks
-    start = min(rank * width, block)
-    length = min(width, block - start)
-    shard = full.new_zeros(cut.shard_shape(size))
-    for number in range(cut.blocks):
-        part = full.narrow(cut.cut_dim, number * block + start, length)
-        shard.narrow(cut.cut_dim, number * width, length).copy_(part)
-    return shard
 
 
 def shard_parameters(

@@ -373,3 +373,42 @@ def _decode_after_unshard() -> None:
 
 def test_decoding_goes_on_after_unshard(ranks: Pools) -> None:
     ranks(2).run(_decode_after_unshard)
+
+
+def _generate() -> None:
+    """Hugging Face's own loop over a compiled forward, in inference mode."""
+    model = zoo.build("llama")
+    ids = prompts(dist.get_rank(), 2, 5, 160)
+    with torch.inference_mode():
+        want = model.generate(ids, max_new_tokens=6, do_sample=False)
+        model.forward = compiled(model.forward)
+        got = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, want)
+    assert fgtp_pass.applied_plan(model) is not None
+
+
+def test_generate_in_inference_mode(ranks: Pools) -> None:
+    ranks(2).run(_generate)
+
+
+class Special(nn.Parameter):
+    pass
+
+
+@torch.no_grad()
+def _special_parameters() -> None:
+    model = zoo.build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.__class__ = Special
+    want = step(model)
+    fast = compiled(model, allow_missing=["oproj"])
+    assert relative_errors(step(fast), want)[0] < 1e-5
+    plan = fgtp_pass.applied_plan(fast)
+    assert plan is not None
+    assert {site.component for site in plan.sites} == {"embedding", "lmhead", "mlp"}
+    (reason,) = {left.reason for left in plan.left_alone if "o_proj" in left.fqn}
+    assert "is a Special, not a plain one" in reason
+
+
+def test_parameters_of_other_classes_are_left_alone(ranks: Pools) -> None:
+    ranks(2).run(_special_parameters)
