@@ -8,6 +8,8 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import sympy
 import torch
@@ -28,6 +30,22 @@ def paused_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def meta_constants() -> Iterator[None]:
+    """Let models on the meta device make constants while Dynamo traces them.
+
+    `torch.tensor(0.0, device="meta")` gives a real meta tensor even under Dynamo's fake mode,
+    which then refuses to mix the two unless it is made to convert them.
+    """
+    init = FakeTensorMode.__init__
+
+    def lenient(self: FakeTensorMode, **options: Any) -> None:
+        init(self, **{**options, "allow_non_fake_inputs": True})
+
+    with mock.patch.object(FakeTensorMode, "__init__", lenient):
+        yield
 
 
 def recorded_fake_mode(graph: fx.Graph) -> FakeTensorMode:

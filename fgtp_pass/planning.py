@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fgtp_pass import dynamo
 from fgtp_pass.collectives import ComponentGroup
 from fgtp_pass.config import parse_sizes
 from fgtp_pass.detect import detect
@@ -120,7 +121,7 @@ def _trace(
             traced.append((gm, plan_graph(detection, sizes, data_parallel_size)))
         return gm.forward
 
-    with torch.no_grad():
+    with torch.no_grad(), dynamo.meta_constants():
         torch.compile(model, backend=record)(*args, **(kwargs or {}))
     if not traced:
         raise DetectionError(
