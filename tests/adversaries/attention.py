@@ -35,9 +35,7 @@ FUSED_QKV = {**NO_QKVO, "qkv": linear(DIM, 3 * DIM)}
 
 
 def without_o() -> Block:
-    return Block(
-        {"qkv": linear(DIM, 3 * DIM)}, lambda m, x: sdpa(*m.qkv(x).chunk(3, dim=-1))
-    )
+    return Block({"qkv": linear(DIM, 3 * DIM)}, lambda m, x: sdpa(*m.qkv(x).chunk(3, dim=-1)))
 
 
 @model_case("no_o_then_the_next_qkv", std(oproj=(), mlp=()), layers=stack(3, without_o))
@@ -77,7 +75,9 @@ def _(m: Block, x: Tensor) -> Tensor:
     return m.o(core(m, x) + m.gate(x))
 
 
-@model_case("first_layer_values_mixed_in", std(oproj=("layers.*.o.weight",)), layers=stack(3, attention))
+@model_case(
+    "first_layer_values_mixed_in", std(oproj=("layers.*.o.weight",)), layers=stack(3, attention)
+)
 def _(m: Block, i: Tensor) -> Tensor:
     x, first = m.emb(i), None
     for one in m.layers:
@@ -140,7 +140,12 @@ def _(m: Block, x: Tensor) -> Tensor:
     return m.o(sdpa(q, k, v))
 
 
-@case("graph_break_after_fused_qkv", BROKEN, layer_body=chained_layer, **FUSED_QKV | {"o": linear(DIM, DIM)})
+@case(
+    "graph_break_after_fused_qkv",
+    BROKEN,
+    layer_body=chained_layer,
+    **FUSED_QKV | {"o": linear(DIM, DIM)},
+)
 def _(m: Block, x: Tensor) -> Tensor:
     """A wide projection is all that the first graph returns, as if it were a head."""
     qkv = m.qkv(x)

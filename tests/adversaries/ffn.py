@@ -37,8 +37,8 @@ POINTWISE: dict[str, Body] = {
     "silu_in_place": lambda m, x: F.silu(m.gate(x), inplace=True).mul_(m.up(x)),
     "relu_method_in_place": lambda m, x: m.gate(x).relu_() * m.up(x),
     "view_as_heads": lambda m, x: (
-        (m.gate(x).unflatten(-1, (4, -1)).tanh() * m.up(x).unflatten(-1, (4, -1))).flatten(2)
-    ),
+        m.gate(x).unflatten(-1, (4, -1)).tanh() * m.up(x).unflatten(-1, (4, -1))
+    ).flatten(2),
     "gpt_oss_clamps": lambda m, x: (
         (m.up(x).clamp(-7, 7) + 1) * F.sigmoid(1.702 * m.gate(x).clamp(max=7.0))
     ),
@@ -60,10 +60,10 @@ POINTWISE: dict[str, Body] = {
     "rrelu_in_eval": lambda m, x: F.rrelu(m.gate(x)) * m.up(x),
     "squeezed_singleton": lambda m, x: F.silu(m.gate(x.unsqueeze(1)).squeeze(1)) * m.up(x),
     "up_reads_a_view": lambda m, x: (
-        (F.silu(m.gate(x).view(-1, INNER)) * m.up(x.view(-1, DIM))).view(*x.shape[:-1], INNER)
-    ),
-    "flat_into_shaped": lambda m, x: (
-        swiglu(m, x.reshape(-1, DIM)).view(x.shape[0], x.shape[1], INNER)
+        F.silu(m.gate(x).view(-1, INNER)) * m.up(x.view(-1, DIM))
+    ).view(*x.shape[:-1], INNER),
+    "flat_into_shaped": lambda m, x: swiglu(m, x.reshape(-1, DIM)).view(
+        x.shape[0], x.shape[1], INNER
     ),
     "flat_gate_shaped_up": lambda m, x: (
         F.silu(m.gate(x.view(-1, DIM))).view(x.shape[0], x.shape[1], INNER) * m.up(x)
@@ -105,8 +105,8 @@ MIXING: dict[str, Body] = {
     "gate_of_the_first_token": lambda m, x: F.silu(m.gate(x)[:, :1]) * m.up(x),
     "first_token_into_gate": lambda m, x: F.silu(m.gate(x[:, :1])) * m.up(x),
     "tokens_transposed": lambda m, x: (
-        (m.gate(x).tanh().transpose(0, 1) * m.up(x.transpose(0, 1))).transpose(0, 1)
-    ),
+        m.gate(x).tanh().transpose(0, 1) * m.up(x.transpose(0, 1))
+    ).transpose(0, 1),
     "complex": lambda m, x: torch.complex(m.gate(x), m.up(x)).abs(),
     "dtype_view": lambda m, x: (
         (m.gate(x).view(torch.int32) & 0x7FFFFFFF).view(torch.float32) * m.up(x)
@@ -234,7 +234,9 @@ def _(m: Block, x: Tensor) -> Tensor:
     return m.down(F.silu(a) * b)
 
 
-@case("fused_three_chunks_of_odd_width", **FUSED | {"both": linear(DIM, 99), "down": linear(33, DIM)})
+@case(
+    "fused_three_chunks_of_odd_width", **FUSED | {"both": linear(DIM, 99), "down": linear(33, DIM)}
+)
 def _(m: Block, x: Tensor) -> Tensor:
     a, b, c = m.both(x).chunk(3, -1)
     return m.down(F.silu(a) * b + c.tanh())
