@@ -3,7 +3,9 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,12 +16,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fgtp_pass import dynamo, weights
 from fgtp_pass.agreement import Act, Council
-from fgtp_pass.collectives import DataParallelGroup, data_parallel_group, hostname
+from fgtp_pass.collectives import (
+    ComponentGroup,
+    DataParallelGroup,
+    data_parallel_group,
+    hostname,
+)
 from fgtp_pass.config import Options, parse_options
 from fgtp_pass.detect import detect
 from fgtp_pass.dynamo import SizeGuard
 from fgtp_pass.errors import AgreementError, ConfigError, FgtpError, InferenceOnlyError
-from fgtp_pass.plan import WeightCut, format_bytes
+from fgtp_pass.plan import Plan, WeightCut, format_bytes
 from fgtp_pass.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
 from fgtp_pass.rewrite import RewrittenGraph, idle_graph, rewrite
 from fgtp_pass.step import IdleProgram, Step, TokenCounter, sites_number
@@ -127,6 +134,17 @@ def _tell(council: Council, error: Exception) -> None:
         log.debug("told the group: %s", met)
 
 
+@contextmanager
+def _telling(council: Council | None) -> Iterator[None]:
+    """Tell the ranks of the council if what is done here fails."""
+    try:
+        yield
+    except Exception as error:
+        if council is not None:
+            _tell(council, error)
+        raise
+
+
 def _wide_council(group: DataParallelGroup) -> Council:
     """All data-parallel ranks: they agree on plans."""
     return Council(group.control_group(group.size), 0, group.timeout.total_seconds())
@@ -142,12 +160,11 @@ class Runtime:
         self.options = options
         self.group = group
         self.wide = _wide_council(group)
-        try:
+        with _telling(self.wide):
             self.sizes = options.sizes.resolve(group.size, _ranks_on_host[group])
-        except ConfigError as error:
-            _tell(self.wide, error)
-            raise
-        # parameters that the ranks have agreed on, sharded or whole
+        # ragged steps learn the number of rows to run at when they meet
+        self._meets = options.check_tokens or options.tokens == "ragged"
+        # the parameters that the ranks have agreed on, with the class they had then
         self._agreed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @property
@@ -158,47 +175,50 @@ class Runtime:
         return Council(self.group.control_group(size), first, self.group.timeout.total_seconds())
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        """The callable for one graph; shards its weights if it is the first that reads them."""
+        """The callable for one graph; shards its weights if it is the first that reads them.
+
+        The ranks meet before weights are touched and after, so that a rank which fails makes all
+        of them raise and the weights are whole again. A graph that is only traced anew for
+        another shape is compiled without a meeting: the other ranks need not trace it.
+        """
         parameters = [v for v in inputs if isinstance(v, nn.Parameter)]
-        fresh = any(p not in self._agreed for p in parameters)
-        council = self.wide if fresh else self.step_council
+        if all(p in self._agreed and self._agreed[p] is type(p) for p in parameters):
+            council = self.step_council if self._meets else None
+            with _telling(council):
+                return self._compile(gm, inputs, self._rewrite(gm, inputs))
+        with _telling(self.wide):
+            planned = self._plan(gm, inputs)
+            check_requested(planned.plan, self.options.sizes.requested, self.options.allow_missing)
+        self._agree(planned.plan)
+        with _telling(self.wide):
+            written = self._rewrite(gm, inputs, planned)
+        self.wide.meet(Act.SHARD, words="ready")
+        whole = [p for p in parameters if not isinstance(p, weights.ShardedParameter)]
         try:
-            planned = self._plan(gm, inputs, fresh)
-        except Exception as error:
-            _tell(council, error)
+            with _telling(self.wide):
+                compiled = self._compile(gm, inputs, written)
+            self.wide.meet(Act.SHARD, words="compiled")
+        except Exception:
+            for parameter in whole:
+                if isinstance(parameter, weights.ShardedParameter):
+                    weights.unshard_parameter(parameter)
             raise
-        if fresh:
-            self._agree(planned)
-        try:
-            compiled = self._build(gm, inputs, planned)
-        except Exception as error:
-            _tell(council, error)
-            if fresh:
-                self._roll_back(inputs)
-            raise
-        if fresh:
-            try:
-                self.wide.meet(Act.SHARD, words="compiled")
-            except AgreementError:
-                self._roll_back(inputs)
-                raise
-            for parameter in parameters:
-                self._agreed[parameter] = True
+        for parameter in parameters:
+            self._agreed[parameter] = type(parameter)
         return compiled
 
-    def _plan(self, gm: fx.GraphModule, inputs: Sequence[Any], fresh: bool) -> PlannedGraph:
+    def _plan(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> PlannedGraph:
+        """What to do with the graph, as far as it fits with what is sharded already."""
         detection = detect(gm.graph, inputs, self.options.all_patterns)
         planned = plan_graph(detection, self.sizes, self.group.size)
         in_force = _in_force(gm, inputs)
         fits = tuple(site for site in planned.sites if _fits(site, in_force))
-        if fresh:
-            check_requested(planned.plan, self.options.sizes.requested, self.options.allow_missing)
         return PlannedGraph(planned.plan, fits, detection)
 
-    def _agree(self, planned: PlannedGraph) -> None:
+    def _agree(self, plan: Plan) -> None:
         """Compare plans, options and library versions on all ranks; raises on every one."""
         mine = {
-            "plan": planned.plan.fingerprint,
+            "plan": plan.fingerprint,
             "sizes": self.sizes,
             "tokens": self.options.tokens,
             "check_tokens": self.options.check_tokens,
@@ -214,34 +234,44 @@ class Runtime:
                     "They must run the same model with the same options and libraries."
                 )
 
-    def _build(self, gm: fx.GraphModule, inputs: Sequence[Any], planned: PlannedGraph) -> Compiled:
+    def _rewrite(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], planned: PlannedGraph | None = None
+    ) -> "Written | None":
+        """The rewritten graph, or None for a graph that stays as it is."""
+        planned = planned or self._plan(gm, inputs)
         in_force = _in_force(gm, inputs)
         if not planned.sites and not in_force:
-            return compile_inner(self.options, gm, inputs)
+            return None
         sizes = {site.site.group_size for site in planned.sites}
         sizes |= {size for _, size in in_force.values()}
         groups = {size: self.group.component_group(size) for size in sorted(sizes)}
-        ragged = self.options.tokens == "ragged" and bool(planned.sites)
-        rewritten = rewrite(gm, planned, groups, in_force, ragged)
-        todo = {
-            inputs[position]: (cut, groups[size])
-            for position, (cut, size) in rewritten.shards.items()
-        }
-        weights.shard_parameters(todo, planned.plan)
-        if planned.plan.sites and not in_force and self.group.rank == 0:
+        rewritten = rewrite(gm, planned, groups, in_force, self.options.tokens == "ragged")
+        return Written(planned, rewritten, groups)
+
+    def _compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], written: "Written | None"
+    ) -> Compiled:
+        """Shard what is whole, and compile the rewritten graph."""
+        if written is None:
+            return compile_inner(self.options, gm, inputs)
+        planned, rewritten, groups = written.planned, written.rewritten, written.groups
+        new = weights.shard_parameters(
+            {inputs[i]: (cut, groups[size]) for i, (cut, size) in rewritten.shards.items()},
+            planned.plan,
+        )
+        if new and self.group.rank == 0:
             freed = format_bytes(planned.plan.bytes_saved_per_rank)
-            log.info("sharded %d sites, %s freed per rank", len(planned.plan.sites), freed)
+            log.info("sharded %d weights, %s freed per rank", new, freed)
             log.debug("%s", planned.plan)
         compiled, guards = self._compile_rewritten(inputs, rewritten)
         counter = TokenCounter(gm.graph, planned.sites, guards)
-        meets = self.options.check_tokens or ragged
         step = Step(
             compiled=compiled,
             shards=tuple(rewritten.shards),
             counter=counter,
             sites=sites_number(planned.sites),
-            council=self.step_council if meets else None,
-            ragged=ragged,
+            council=self.step_council if self._meets else None,
+            ragged=self.options.tokens == "ragged",
             idle=IdleProgram(*idle_graph(gm, planned, rewritten.gathered, groups, counter.classes)),
         )
         for position in rewritten.shards:
@@ -263,11 +293,14 @@ class Runtime:
             compiled = compile_inner(self.options, rewritten.module, [*given, *rows])
         return compiled, guards
 
-    def _roll_back(self, inputs: Sequence[Any]) -> None:
-        """Give back the weights that this graph was the first to shard. Collective."""
-        for value in inputs:
-            if isinstance(value, weights.ShardedParameter) and value not in self._agreed:
-                weights.unshard_parameter(value)
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A rewritten graph with its plan and the component groups that it names."""
+
+    planned: PlannedGraph
+    rewritten: RewrittenGraph
+    groups: Mapping[int, ComponentGroup]
 
 
 def _fits(site: PlannedSite, in_force: Mapping[fx.Node, tuple[WeightCut, int]]) -> bool:

@@ -130,8 +130,10 @@ def set_step(parameter: ShardedParameter, step: "Step") -> None:
 
 def shard_parameters(
     parameters: Mapping[nn.Parameter, tuple[WeightCut, ComponentGroup]], plan: Plan
-) -> None:
+) -> int:
     """Replace the data of each parameter by this rank's shard and free the rest.
+
+    Returns how many were not sharded before.
 
     Idempotent: a parameter that is sharded already is left as it is. Peak memory is the full
     model plus one weight, since one parameter is freed before the next is cut.
@@ -143,6 +145,7 @@ def shard_parameters(
             _shard(parameter, cut, group, plan)
     if any(parameter.device.type == "cpu" for parameter in todo):
         _return_freed_memory()
+    return len(todo)
 
 
 def _shard(parameter: nn.Parameter, cut: WeightCut, group: ComponentGroup, plan: Plan) -> None:

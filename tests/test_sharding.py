@@ -79,11 +79,12 @@ def _memory() -> dict[str, float]:
     fast = compiled(model)
     shard, seen = weights.shard_parameters, {}
 
-    def watched(*args: Any) -> None:
+    def watched(*args: Any) -> int:
         seen["before"] = process.memory_info().rss
         with PeakMemory(process) as peak:
-            shard(*args)
+            new = shard(*args)
         seen.update(peak=peak.bytes, after=process.memory_info().rss)
+        return new
 
     weights.shard_parameters = watched
     try:
