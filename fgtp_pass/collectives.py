@@ -47,7 +47,7 @@ def all_to_all(emit: Emit, group: ComponentGroup, x: Any, rows: Any) -> Any:
 def reduce_scatter(emit: Emit, group: ComponentGroup, x: Any, rows: Any, features: int) -> Any:
     """Sum [k*rows, features] -> Own [rows, features].
 
-    Over gloo an all_to_all and a local sum take a fraction of the time of its reduce_scatter
+    Over gloo an all_to_all and a local sum are faster than its reduce_scatter
     (benchmarks/README.md), and the local sum accumulates half precision in fp32.
     """
     if group.sums_by_exchange:
