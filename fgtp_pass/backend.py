@@ -29,7 +29,7 @@ from fgtp_pass.errors import AgreementError, ConfigError, FgtpError, InferenceOn
 from fgtp_pass.plan import Plan, WeightCut, format_bytes
 from fgtp_pass.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
 from fgtp_pass.rewrite import RewrittenGraph, idle_graph, rewrite
-from fgtp_pass.step import IdleProgram, Step, TokenCounter, sites_number
+from fgtp_pass.step import IdleProgram, Step, TokenCounter, note_step, sites_number
 from fgtp_pass.versions import check_torch, library_versions
 
 log = logging.getLogger("fgtp_pass")
@@ -274,8 +274,7 @@ class Runtime:
             ragged=self.options.tokens == "ragged",
             idle=IdleProgram(*idle_graph(gm, planned, rewritten.gathered, groups, counter.classes)),
         )
-        for position in rewritten.shards:
-            weights.set_step(inputs[position], step)
+        note_step(step, (inputs[position] for position in rewritten.shards))
         return step
 
     def _compile_rewritten(

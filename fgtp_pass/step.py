@@ -1,13 +1,14 @@
 """One compiled graph at run time: hand it the shards, and meet the group before it runs."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fgtp_pass.agreement import Act, Card, Council
 from fgtp_pass.dynamo import SizeGuard
@@ -15,7 +16,7 @@ from fgtp_pass.errors import AgreementError, FgtpError, TokenCountError
 from fgtp_pass.ops import value_of
 from fgtp_pass.planner import PlannedSite, tokens_of
 from fgtp_pass.rewrite import MINIMUM_ROWS, TokenClass
-from fgtp_pass.weights import record_of, steps_of
+from fgtp_pass.weights import record_of, sharded_parameters
 
 
 def sites_number(sites: Sequence[PlannedSite]) -> int:
@@ -138,6 +139,16 @@ class Step:
         return [torch.empty(max(most, MINIMUM_ROWS), 0) for most in largest]
 
 
+# by sharded parameter: the latest compiled graph that reads it
+_latest_step = WeakIdKeyDictionary()
+
+
+def note_step(step: Step, parameters: Iterable[nn.Parameter]) -> None:
+    """Remember the step for `idle_step` as the latest one that reads these parameters."""
+    for parameter in parameters:
+        _latest_step[parameter] = step
+
+
 def _check_same_sites(cards: Sequence[Card]) -> None:
     if len({card.sites for card in cards}) > 1:
         raise AgreementError(
@@ -200,7 +211,8 @@ def idle_step(model: nn.Module) -> None:
     requests while the others of its group run a step. Every rank must have run one real step
     before. Raises AgreementError where that cannot work, on all ranks of the group.
     """
-    steps = steps_of(model)
+    parameters = sharded_parameters(model).values()
+    steps = dict.fromkeys(_latest_step[p] for p in parameters if p in _latest_step)
     if not steps:
         raise AgreementError(
             "idle_step: this rank has no compiled step of this model. Run one real step on "

@@ -8,7 +8,7 @@ import ctypes
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,23 +19,19 @@ from fgtp_pass.errors import ShardedWeightError
 from fgtp_pass.plan import Plan, WeightCut, merge
 from fgtp_pass.shards import cut_local, gather_weight
 
-if TYPE_CHECKING:
-    from fgtp_pass.step import Step
-
 
 @dataclass(eq=False)
 class ShardRecord:
     """What a sharded parameter carries.
 
     shard: this rank's part, contiguous, padded with zeros. cut, group: how to get the rest.
-    plan: the plan that cut it. step: the latest compiled graph that reads it.
+    plan: the plan that cut it.
     """
 
     shard: torch.Tensor
     cut: WeightCut
     group: ComponentGroup
     plan: Plan
-    step: "Step | None" = None
 
 
 def _metadata_reads() -> set[Any]:
@@ -121,11 +117,6 @@ def _explain(parameter: ShardedParameter | None, operation: str) -> str:
 
 def record_of(value: object) -> ShardRecord | None:
     return value._fgtp_record if isinstance(value, ShardedParameter) else None
-
-
-def set_step(parameter: ShardedParameter, step: "Step") -> None:
-    """Note the compiled graph that reads the parameter's shard, for `idle_step`."""
-    parameter._fgtp_record.step = step
 
 
 def shard_parameters(
@@ -219,12 +210,6 @@ def applied_plan(model: nn.Module) -> Plan | None:
         plan.with_prefix(prefixes.pop() if len(prefixes) == 1 else "")
         for plan, prefixes in plans.values()
     )
-
-
-def steps_of(model: nn.Module) -> "list[Step]":
-    """The latest compiled graphs that read the model's shards, in the order of its weights."""
-    steps = [p._fgtp_record.step for p in sharded_parameters(model).values()]
-    return list(dict.fromkeys(step for step in steps if step is not None))
 
 
 def unshard(model: nn.Module) -> None:
