@@ -42,6 +42,8 @@ def detect(
     found, refused = Findings(), dict[fx.Node, str]()
     autocast = any(node.target is _enter_autocast for node in graph.nodes)
     special = _special_parameters(graph, example_inputs)
+    for _, written in view.writes:
+        special[view.memory(written)] = "the graph changes it in place"
     for pattern in patterns:
         for result in pattern.find(view, found):
             if isinstance(result, Refusal):

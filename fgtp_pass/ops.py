@@ -50,7 +50,7 @@ _OPERATOR_NAMES = {
 # reorder, select or copy elements in row-major order or not; see `keeps_token_order`
 _ORDER_KEEPING = {
     "view", "reshape", "flatten", "unflatten", "contiguous", "clone", "squeeze", "unsqueeze",
-    "detach", "alias", "view_as", "reshape_as", "dropout", "pos", "resolve_conj",
+    "detach", "data", "alias", "view_as", "reshape_as", "dropout", "pos", "resolve_conj",
 }  # fmt: skip
 _LAYOUT = _ORDER_KEEPING | {
     "transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "expand", "expand_as",

@@ -103,7 +103,8 @@ def _check(
     vectors: dict[fx.Node, None] = {}
     ops: list[fx.Node] = []
     for up in ups:
-        assert up.weight is not None
+        if up.weight is None:
+            return f"the projection before it cannot be cut: {up.why_not}"
         if up.weight.out_features % width:
             return "its inner width is no multiple of the projection before it"
         blocks[up.node] = tuple(range(up.weight.out_features // width))

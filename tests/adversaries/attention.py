@@ -8,14 +8,11 @@ from adversaries.common import (
     BROKEN,
     DIM,
     INNER,
-    NO_OPROJ,
-    VOCAB,
     Block,
     Case,
     attention,
-    core,
     chained_layer,
-    hidden,
+    core,
     ids,
     layer,
     linear,
@@ -23,7 +20,6 @@ from adversaries.common import (
     sdpa,
     stack,
     std,
-    weight,
 )
 
 CASES: dict[str, Case] = {}
@@ -46,33 +42,21 @@ def _(m: Block, i: Tensor) -> Tensor:
     return m.head(x)
 
 
-@model_case("no_o_then_residual", std(oproj=(), mlp=()), layers=stack(2, without_o))
-def _(m: Block, i: Tensor) -> Tensor:
-    x = m.emb(i)
-    for one in m.layers:
-        x = x + one(x)
-    return m.head(x)
-
-
 @case(
     "no_o_then_an_ffn",
-    std(oproj=(), mlp=("layers.*.ffn.*", "layers.*.attn.*")),
+    std(oproj=("layers.*.attn.up.weight",)),
     **FUSED_QKV,
     up=linear(DIM, INNER),
     down=linear(INNER, DIM),
 )
 def _(m: Block, x: Tensor) -> Tensor:
+    """What reads the core is its projection, though an activation follows."""
     return m.down(F.gelu(m.up(sdpa(*m.qkv(x).chunk(3, dim=-1)))))
 
 
-@case("core_times_gate", gate=linear(DIM, DIM))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.o(core(m, x) * torch.sigmoid(m.gate(x)))
-
-
-@case("core_plus_a_projection", gate=linear(DIM, DIM))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.o(core(m, x) + m.gate(x))
+case("core_times_gate", gate=linear(DIM, DIM))(
+    lambda m, x: m.o(core(m, x) * torch.sigmoid(m.gate(x)))
+)
 
 
 @model_case(
@@ -93,19 +77,11 @@ def _(m: Block, x: Tensor) -> Tensor:
     return m.o(c) + m.o2(c.tanh())
 
 
-@case("low_rank_o", std(oproj=("layers.*.attn.a.*",)), o=None, a=linear(DIM, 8), b=linear(8, DIM))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.b(m.a(core(m, x)))
+case("low_rank_o", std(oproj=("layers.*.attn.a.*",)), o=None, a=linear(DIM, 8), b=linear(8, DIM))(
+    lambda m, x: m.b(m.a(core(m, x)))
+)
 
-
-@case("no_softmax")
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.o((m.q(x) @ m.k(x).transpose(-1, -2)).tril() @ m.v(x))
-
-
-@case("sigmoid_scores")
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.o(torch.sigmoid(m.q(x) @ m.k(x).transpose(-1, -2)).tril() @ m.v(x))
+case("no_softmax")(lambda m, x: m.o((m.q(x) @ m.k(x).transpose(-1, -2)).tril() @ m.v(x)))
 
 
 @case("einsum")
@@ -131,13 +107,6 @@ def _(m: Block, x: Tensor) -> Tensor:
     c = core(m, x)
     torch._dynamo.graph_break()
     return m.o(c)
-
-
-@case("graph_break_after_qkv", BROKEN)
-def _(m: Block, x: Tensor) -> Tensor:
-    q, k, v = m.q(x), m.k(x), m.v(x)
-    torch._dynamo.graph_break()
-    return m.o(sdpa(q, k, v))
 
 
 @case(
@@ -166,9 +135,7 @@ def in_place_residuals(m: Block, x: Tensor) -> Tensor:
     return m.ffn(m.n2(x)).mul_(1.5).add_(x)
 
 
-@case("results_written_in_place", layer_body=in_place_residuals)
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.o(core(m, x))
+case("results_written_in_place", layer_body=in_place_residuals)(lambda m, x: m.o(core(m, x)))
 
 
 @model_case(

@@ -71,7 +71,7 @@ def buffer(*shape: int) -> Part:
 
 
 def stack(number: int, part: Part) -> Part:
-    return lambda: nn.ModuleList(part() for _ in range(number))  # type: ignore[misc]
+    return lambda: nn.ModuleList(part() for _ in range(number))
 
 
 class Block(nn.Module):

@@ -20,13 +20,11 @@ from adversaries.common import (
     Expect,
     buffer,
     chained_layer,
-    layernorm,
     linear,
     plain_ffn,
     registry,
     swiglu,
     vector,
-    weight,
 )
 
 CASES: dict[str, Case] = {}
@@ -35,75 +33,33 @@ case = registry(CASES, "ffn")
 # Every feature for itself: what goes into the down projection can be cut.
 POINTWISE: dict[str, Body] = {
     "silu_in_place": lambda m, x: F.silu(m.gate(x), inplace=True).mul_(m.up(x)),
-    "relu_method_in_place": lambda m, x: m.gate(x).relu_() * m.up(x),
     "view_as_heads": lambda m, x: (
         m.gate(x).unflatten(-1, (4, -1)).tanh() * m.up(x).unflatten(-1, (4, -1))
     ).flatten(2),
-    "gpt_oss_clamps": lambda m, x: (
-        (m.up(x).clamp(-7, 7) + 1) * F.sigmoid(1.702 * m.gate(x).clamp(max=7.0))
-    ),
-    "where_of_gate": lambda m, x: torch.where(m.gate(x) > 0, m.up(x), 0.1),
-    "where_of_scalar_tensor": lambda m, x: (
-        torch.where(m.gate(x) > 0, m.gate(x), torch.tensor(0.0)) * m.up(x)
-    ),
-    "maximum_of_zeros_like": lambda m, x: (
-        torch.maximum(h := m.gate(x), torch.zeros_like(h)) * m.up(x)
-    ),
-    "addcmul": lambda m, x: torch.addcmul(h := m.gate(x), h, m.up(x), value=0.5),
     "through_half": lambda m, x: (F.silu(m.gate(x).half().float()) * m.up(x)).type_as(x).to(x),
-    "through_int8": lambda m, x: (
-        (F.silu(m.gate(x)) * 16).round().clamp(-128, 127).to(torch.int8).to(x.dtype) * m.up(x)
-    ),
-    "divided_by_root_of_width": lambda m, x: (g := m.gate(x)).tanh() * m.up(x) / g.shape[-1] ** 0.5,
-    "dropout_of_nothing_in_training": lambda m, x: F.dropout(swiglu(m, x), 0.0, training=True),
-    "dropout_in_eval": lambda m, x: F.dropout(swiglu(m, x), 0.5, training=False),
-    "rrelu_in_eval": lambda m, x: F.rrelu(m.gate(x)) * m.up(x),
     "squeezed_singleton": lambda m, x: F.silu(m.gate(x.unsqueeze(1)).squeeze(1)) * m.up(x),
-    "up_reads_a_view": lambda m, x: (
-        F.silu(m.gate(x).view(-1, INNER)) * m.up(x.view(-1, DIM))
-    ).view(*x.shape[:-1], INNER),
     "flat_into_shaped": lambda m, x: swiglu(m, x.reshape(-1, DIM)).view(
         x.shape[0], x.shape[1], INNER
-    ),
-    "flat_gate_shaped_up": lambda m, x: (
-        F.silu(m.gate(x.view(-1, DIM))).view(x.shape[0], x.shape[1], INNER) * m.up(x)
     ),
 }
 
 # Features or tokens meet, or values are random: cut, it would be another function.
 MIXING: dict[str, Body] = {
     "softmax": lambda m, x: F.softmax(m.gate(x), -1) * m.up(x),
-    "divided_by_sum_of_features": lambda m, x: (
-        (h := F.relu(m.gate(x))) / (h.sum(-1, keepdim=True) + 1)
-    ),
     "rms_norm_by_hand": lambda m, x: (
         (h := swiglu(m, x)) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
     ),
-    "layer_norm_without_weight": lambda m, x: F.layer_norm(m.gate(x), (INNER,)) * m.up(x),
     "activation_quantized_per_token": lambda m, x: (
         ((h := swiglu(m, x)) / (s := h.abs().amax(-1, keepdim=True) / 127 + 1e-5)).round() * s
-    ),
-    "gaussian_top_k": lambda m, x: (
-        F.relu((g := m.gate(x)) - g.mean(-1, keepdim=True) - g.std(-1, keepdim=True)) * m.up(x)
     ),
     "top_k_features": lambda m, x: (
         torch.where((g := m.gate(x)) >= g.topk(8, -1).values[..., -1:], g, 0) * m.up(x)
     ),
     "cumsum_of_features": lambda m, x: m.gate(x).cumsum(-1) * m.up(x),
-    "cumsum_of_tokens": lambda m, x: m.gate(x).cumsum(1) * m.up(x),
     "rolled_features": lambda m, x: m.gate(x).tanh().roll(1, -1) * m.up(x),
     "rolled_tokens": lambda m, x: m.gate(x).tanh().roll(1, 1) * m.up(x),
-    "token_shift_by_padding": lambda m, x: F.pad(F.silu(m.gate(x)), (0, 0, 1, -1)) * m.up(x),
-    "flipped_features": lambda m, x: m.gate(x).tanh().flip(-1) * m.up(x),
-    "tril": lambda m, x: m.gate(x).tanh().tril() * m.up(x),
-    "arange_mask": lambda m, x: swiglu(m, x) * (torch.arange(INNER) < 40),
-    "new_zeros_of_inner_width": lambda m, x: (
-        torch.maximum(h := m.gate(x), h.new_zeros(INNER)) * m.up(x)
-    ),
-    "mask_from_the_input": lambda m, x: swiglu(m, x) * (x.mean(-1, keepdim=True) > 0),
     "up_reads_another_norm": lambda m, x: F.silu(m.gate(x)) * m.up(F.layer_norm(x, (DIM,))),
     "gate_of_the_first_token": lambda m, x: F.silu(m.gate(x)[:, :1]) * m.up(x),
-    "first_token_into_gate": lambda m, x: F.silu(m.gate(x[:, :1])) * m.up(x),
     "tokens_transposed": lambda m, x: (
         m.gate(x).tanh().transpose(0, 1) * m.up(x.transpose(0, 1))
     ).transpose(0, 1),
@@ -112,7 +68,6 @@ MIXING: dict[str, Body] = {
         (m.gate(x).view(torch.int32) & 0x7FFFFFFF).view(torch.float32) * m.up(x)
     ),
     "noise": lambda m, x: (h := swiglu(m, x)) + 0.1 * torch.rand_like(h),
-    "bernoulli_gate": lambda m, x: torch.bernoulli(torch.sigmoid(m.gate(x))) * m.up(x),
     "rrelu_in_training": lambda m, x: F.rrelu(m.gate(x), training=True) * m.up(x),
     "dropout_in_training": lambda m, x: F.dropout(swiglu(m, x), 0.5, training=True),
 }
@@ -130,70 +85,25 @@ for _name, _inner in MIXING.items():
 
 # Norms and vectors between the projections.
 
+case("bitnet_norm", NO_MLP, norm=lambda: nn.RMSNorm(INNER))(
+    lambda m, x: m.down(m.norm(F.relu(m.gate(x)).square() * m.up(x)))
+)
 
-@case("bitnet_norm", NO_MLP, norm=lambda: nn.RMSNorm(INNER))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(m.norm(F.relu(m.gate(x)).square() * m.up(x)))
+case("prelu_of_one_weight", act=nn.PReLU, **UNGATED)(lambda m, x: m.down(m.act(m.up(x))))
 
+case("scale_and_shift_vectors", scale=vector(INNER), shift=vector(INNER))(
+    lambda m, x: m.down(F.silu(m.gate(x) * m.scale + m.shift) * m.up(x))
+)
 
-@case("norm_without_gate", NO_MLP, norm=layernorm(INNER), **UNGATED)
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(m.norm(F.relu(m.up(x))))
+case("scale_used_outside_too", scale=vector(INNER))(
+    lambda m, x: m.down(F.silu(m.gate(x) * m.scale) * m.up(x)) * m.scale.mean()
+)
 
+case("scale_per_token", NO_MLP, scale=vector(TOKENS, 1))(
+    lambda m, x: m.down(swiglu(m, x) * m.scale)
+)
 
-@case("prelu_of_one_weight", act=nn.PReLU, **UNGATED)
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(m.act(m.up(x)))
-
-
-@case("scale_and_shift_vectors", scale=vector(INNER), shift=vector(INNER))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(F.silu(m.gate(x) * m.scale + m.shift) * m.up(x))
-
-
-@case("scale_of_three_dims", NO_MLP, scale=vector(1, 1, INNER))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(swiglu(m, x) * m.scale)
-
-
-@case("scale_used_outside_too", scale=vector(INNER))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(F.silu(m.gate(x) * m.scale) * m.up(x)) * m.scale.mean()
-
-
-@case("scale_per_token", NO_MLP, scale=vector(TOKENS, 1))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(swiglu(m, x) * m.scale)
-
-
-@case("scale_per_head", NO_MLP, scale=vector(4, 1))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down((swiglu(m, x).unflatten(-1, (4, -1)) * m.scale).flatten(2))
-
-
-@case("scale_is_a_product", NO_MLP, a=vector(INNER), b=vector(INNER))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(swiglu(m, x) * (m.a * m.b))
-
-
-@case("vectors_meet_before_the_gate", a=vector(INNER), b=vector(INNER))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(torch.addcmul(m.a, m.b, m.gate(x)).relu() * m.up(x))
-
-
-@case("lerp_by_vector", mix=vector(INNER))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(torch.lerp(m.gate(x), m.up(x), m.mix))
-
-
-@case("scale_is_a_buffer", scale=buffer(INNER))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(swiglu(m, x) * m.scale)
-
-
-@case("clamp_by_a_buffer", NO_MLP, high=buffer(INNER))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(torch.clamp(m.gate(x), max=m.high) * m.up(x))
+case("scale_is_a_buffer", scale=buffer(INNER))(lambda m, x: m.down(swiglu(m, x) * m.scale))
 
 
 # Fused gate and up, in all spellings.
@@ -211,9 +121,7 @@ def _(m: Block, x: Tensor) -> Tensor:
     return m.down(F.silu(h[..., -INNER:]) * h[:, :, :-INNER])
 
 
-@case("fused_glu", **FUSED)
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(F.glu(m.both(x), -1))
+case("fused_glu", **FUSED)(lambda m, x: m.down(F.glu(m.both(x), -1)))
 
 
 @case("fused_view_of_blocks", **FUSED)
@@ -242,22 +150,16 @@ def _(m: Block, x: Tensor) -> Tensor:
     return m.down(F.silu(a) * b + c.tanh())
 
 
-@case("fused_uneven_split", NO_MLP, **FUSED)
-def _(m: Block, x: Tensor) -> Tensor:
-    a, b = m.both(x).split([INNER // 2, 3 * INNER // 2], -1)
-    return m.down(F.silu(torch.cat([a, b[..., : INNER // 2]], -1)) * b[..., INNER // 2 :])
-
-
 @case("fused_uneven_chunks", NO_MLP, **FUSED | {"both": linear(DIM, 2 * INNER - 1)})
 def _(m: Block, x: Tensor) -> Tensor:
     a, b = m.both(x).chunk(2, -1)
     return m.down(F.silu(a) * F.pad(b, (0, 1)))
 
 
-@case("fused_scaled_whole_and_half", whole=vector(2 * INNER), half=vector(INNER), **FUSED)
+@case("fused_scaled_whole_and_half", full=vector(2 * INNER), part=vector(INNER), **FUSED)
 def _(m: Block, x: Tensor) -> Tensor:
-    a, b = (m.both(x) * m.whole).chunk(2, -1)
-    return m.down(F.silu(a * m.half) * b)
+    a, b = (m.both(x) * m.full).chunk(2, -1)
+    return m.down(F.silu(a * m.part) * b)
 
 
 @case("fused_half_written_in_place", NO_MLP, **FUSED)
@@ -270,21 +172,11 @@ def _(m: Block, x: Tensor) -> Tensor:
 
 # Concatenations and shapes.
 
+case("two_ups_concatenated", NO_MLP, up=linear(DIM, INNER // 2), gate=linear(DIM, INNER // 2))(
+    lambda m, x: m.down(F.gelu(torch.cat([m.gate(x), m.up(x)], -1)))
+)
 
-@case("two_ups_concatenated", NO_MLP, up=linear(DIM, INNER // 2), gate=linear(DIM, INNER // 2))
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(F.gelu(torch.cat([m.gate(x), m.up(x)], -1)))
-
-
-@case("crelu", NO_MLP, up=linear(DIM, INNER // 2), **UNGATED)
-def _(m: Block, x: Tensor) -> Tensor:
-    h = m.up(x)
-    return m.down(torch.cat([F.relu(h), F.relu(-h)], -1))
-
-
-@case("flat_out_of_shaped")
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(swiglu(m, x).view(-1, INNER)).view_as(x)
+case("flat_out_of_shaped")(lambda m, x: m.down(swiglu(m, x).view(-1, INNER)).view_as(x))
 
 
 @case("other_leading_dims")
@@ -307,9 +199,9 @@ def _(m: Block, x: Tensor) -> Tensor:
     return m.down(h).view(batch, tokens, 2, DIM).sum(2)
 
 
-@case("every_token_with_every_token", NO_MLP)
-def _(m: Block, x: Tensor) -> Tensor:
-    return m.down(F.silu(m.gate(x)).unsqueeze(1) * m.up(x).unsqueeze(2)).mean(2)
+case("every_token_with_every_token", NO_MLP)(
+    lambda m, x: m.down(F.silu(m.gate(x)).unsqueeze(1) * m.up(x).unsqueeze(2)).mean(2)
+)
 
 
 # In-place writes.
@@ -322,26 +214,11 @@ def _(m: Block, x: Tensor) -> Tensor:
     return m.down(h * m.up(x))
 
 
-@case("one_feature_set", NO_MLP)
-def _(m: Block, x: Tensor) -> Tensor:
-    h = F.silu(m.gate(x))
-    h[..., 0] = 0
-    return m.down(h * m.up(x))
-
-
 @case("out_argument", NO_MLP)
 def _(m: Block, x: Tensor) -> Tensor:
     h = m.gate(x)
     torch.mul(h, 2.0, out=h)
     return m.down(h.tanh() * m.up(x))
-
-
-@case("augmented_assignments")
-def _(m: Block, x: Tensor) -> Tensor:
-    h = m.gate(x)
-    h += 1.0
-    h *= 0.5
-    return m.down(F.silu(h) * m.up(x))
 
 
 @case("input_overwritten_before_down")
