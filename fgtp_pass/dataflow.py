@@ -159,11 +159,12 @@ class GraphView:
         return node
 
     def memory(self, node: fx.Node) -> fx.Node:
-        """The node whose memory a view shares."""
+        """The node whose memory a view shares, or may share: unknown ops count as views."""
         while node.op in ("call_function", "call_method") and is_tensor(node):
-            if op_kind(node) is not OpKind.LAYOUT or not is_tensor(node.all_input_nodes[0]):
+            inputs = tensor_inputs(node)
+            if op_kind(node) not in (OpKind.LAYOUT, OpKind.OTHER) or not inputs:
                 break
-            node = node.all_input_nodes[0]
+            node = inputs[0]
         return node
 
     # forward ----------------------------------------------------------------------------------
