@@ -114,12 +114,22 @@ def _trace(
     traced: list[tuple[fx.GraphModule, PlannedGraph]] = []
     named = model.named_parameters() if isinstance(model, nn.Module) else ()
     names = {id(parameter): name for name, parameter in named}
+    seen: set[tuple[int, ...]] = set()
+
+    def plan(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        parameters = tuple(id(v) for v in inputs if isinstance(v, nn.Parameter))
+        if not parameters or (id(gm), *parameters) in seen:
+            return
+        seen.add((id(gm), *parameters))
+        detection = detect(gm.graph, inputs, (*BUILTIN, *patterns), names)
+        traced.append((gm, plan_graph(detection, sizes, data_parallel_size)))
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        detection = detect(gm.graph, example_inputs, (*BUILTIN, *patterns), names)
-        if detection.view.parameters:
-            traced.append((gm, plan_graph(detection, sizes, data_parallel_size)))
-        return gm.forward
+        def run(*inputs: Any) -> Any:
+            plan(gm, inputs)  # layers that run the same code may share a graph
+            return gm.forward(*inputs)
+
+        return run
 
     with torch.no_grad(), dynamo.meta_constants():
         torch.compile(model, backend=record)(*args, **(kwargs or {}))
