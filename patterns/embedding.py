@@ -37,7 +37,7 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
     ]
     for lookup in view.lookups:
         if not view.facts[lookup.ids].token_ids:
-            reason = "its rows are looked up by computed positions or segments, not by token ids"
+            reason = "its rows are looked up by computed positions or choices, not by token ids"
         else:
             reason = (
                 _not_the_vocabulary(view, lookup, heads)

@@ -15,7 +15,7 @@ from fgtp_pass import Plan
 REASONS = {
     "qkv": ("attention core", "low-rank"),
     "router": ("router",),
-    "expert": ("expert", "no matmul or lookup"),
+    "expert": ("expert", "no matmul or lookup", "choices"),
     "shared_expert": ("shared expert",),
     "shared_expert_gate": ("no component's definition",),
     "position_embedding": ("positions", "no vocabulary"),
