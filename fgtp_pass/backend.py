@@ -245,6 +245,12 @@ class Runtime:
         sizes = {site.site.group_size for site in planned.sites}
         sizes |= {size for _, size in in_force.values()}
         groups = {size: self.group.component_group(size) for size in sorted(sizes)}
+        for record in filter(None, map(weights.record_of, inputs)):
+            if record.group != groups[record.group.size]:
+                raise ConfigError(
+                    f"{record.cut.fqn} is sharded over the ranks {record.group.ranks} by another "
+                    "compiled model with another process_group. Call fgtp_pass.unshard first."
+                )
         rewritten = rewrite(gm, planned, groups, in_force, self.options.tokens == "ragged")
         return Written(planned, rewritten, groups)
 
