@@ -12,7 +12,7 @@ from fgtp_pass.dataflow import GraphView, Reach
 from fgtp_pass.dynamo import paused_garbage_collection
 from fgtp_pass.normal_form import ParamMatmul
 from fgtp_pass.ops import OpKind, op_kind, value_of
-from fgtp_pass.pattern import Findings, LookupStage, Match, Pattern, Refusal
+from fgtp_pass.pattern import Findings, Match, Pattern, Refusal
 from fgtp_pass.weights import ShardedParameter
 
 
@@ -49,35 +49,21 @@ def detect(
             if isinstance(result, Refusal):
                 refused.setdefault(result.placeholder, result.reason)
                 continue
-            reason = next((special[w] for w in _weights(result) if w in special), "")
+            reason = next((special[w] for w in result.parameters if w in special), "")
             if autocast:
                 reason = "the graph switches autocast, so its dtypes are not known"
             if reason:
-                refused.update((w, reason) for w in _weights(result))
+                refused.update((w, reason) for w in result.parameters)
             else:
                 found.add(result)
     matches = sorted(found.matches, key=lambda match: view.order[match.output])
-    used = {placeholder for match in matches for placeholder in _weights(match)}
+    used = {placeholder for match in matches for placeholder in match.parameters}
     left_alone = {
         fqn: refused.get(placeholder) or _reason(view, placeholder)
         for placeholder, fqn in view.parameters.items()
         if placeholder not in used
     }
     return Detection(view, tuple(matches), left_alone)
-
-
-def _weights(match: Match) -> list[fx.Node]:
-    """The placeholders of all parameters that the site takes over."""
-    nodes: list[fx.Node] = []
-    for stage in match.stages:
-        if isinstance(stage, LookupStage):
-            nodes.append(stage.lookup.weight.placeholder)
-            continue
-        for matmul in stage.matmuls:
-            nodes += [matmul.weight.placeholder] if matmul.weight else []
-            nodes += [matmul.bias] if matmul.bias else []
-        nodes += stage.region.vectors if stage.region else ()
-    return nodes
 
 
 # inputs -----------------------------------------------------------------------------------------

@@ -48,6 +48,20 @@ class Match:
     source: fx.Node
     output: fx.Node
 
+    @property
+    def parameters(self) -> list[fx.Node]:
+        """The placeholders of all parameters that the site takes over."""
+        nodes: list[fx.Node] = []
+        for stage in self.stages:
+            if isinstance(stage, LookupStage):
+                nodes.append(stage.lookup.weight.placeholder)
+                continue
+            for matmul in stage.matmuls:
+                nodes += [matmul.weight.placeholder] if matmul.weight else []
+                nodes += [matmul.bias] if matmul.bias else []
+            nodes += stage.region.vectors if stage.region else ()
+        return nodes
+
 
 @dataclass(frozen=True)
 class Refusal:

@@ -53,11 +53,11 @@ def plan_graph(
     _keep_one_cut_each(planned)
     cut = {placeholder for site in planned for placeholder in site.cuts}
     for match in detection.matches:
-        if sizes.get(match.component, 1) <= 1:
-            for placeholder in _parameters(match):
-                if placeholder not in cut:
-                    fqn = detection.view.parameters[placeholder]
-                    left_alone[fqn] = f"{match.component} is off"
+        is_off = sizes.get(match.component, 1) <= 1
+        reason = f"{match.component} is off" if is_off else "another site cuts a part of its site"
+        for placeholder in match.parameters:
+            if placeholder not in cut:
+                left_alone[detection.view.parameters[placeholder]] = reason
     _check_tied(detection, sizes)
     plan = Plan(
         data_parallel_size=data_parallel_size,
@@ -149,26 +149,11 @@ def _keep_one_cut_each(planned: list[PlannedSite]) -> None:
             planned.remove(site)
 
 
-def _parameters(match: Match) -> list[fx.Node]:
-    """The placeholders of all parameters of a site, whatever its path would be."""
-    nodes: dict[fx.Node, None] = {}
-    for stage in match.stages:
-        for cut in stage.cuts:
-            names = _AnyName()
-            nodes |= dict.fromkeys(_stage_cuts(stage, cut, names))
-    return list(nodes)
-
-
-class _AnyName(dict[fx.Node, str]):
-    def __missing__(self, node: fx.Node) -> str:
-        return node.name
-
-
 def _check_tied(detection: Detection, sizes: Mapping[str, int]) -> None:
     """A parameter that two components share has one placement, so they need one size."""
     owners: dict[fx.Node, dict[str, int]] = {}
     for match in detection.matches:
-        for placeholder in _parameters(match):
+        for placeholder in match.parameters:
             size = max(1, sizes.get(match.component, 1))
             owners.setdefault(placeholder, {})[match.component] = size
     for placeholder, by_component in owners.items():
