@@ -2,9 +2,7 @@
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,17 +13,23 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fgtp_pass import dynamo, weights
-from fgtp_pass.agreement import Act, Council
+from fgtp_pass.agreement import (
+    Act,
+    Council,
+    ranks_on_smallest_host,
+    tell,
+    telling,
+    wide_council,
+)
 from fgtp_pass.collectives import (
     ComponentGroup,
     DataParallelGroup,
     data_parallel_group,
-    hostname,
 )
 from fgtp_pass.config import Options, parse_options
 from fgtp_pass.detect import detect
 from fgtp_pass.dynamo import SizeGuard
-from fgtp_pass.errors import AgreementError, ConfigError, FgtpError, InferenceOnlyError
+from fgtp_pass.errors import ConfigError, FgtpError, InferenceOnlyError
 from fgtp_pass.plan import Plan, WeightCut, format_bytes
 from fgtp_pass.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
 from fgtp_pass.rewrite import RewrittenGraph, idle_graph, rewrite
@@ -102,18 +106,10 @@ def _has_group(options: Options) -> bool:
     return size > 1
 
 
-# by group: how many of its ranks the smallest host has, which bounds "auto"
-_ranks_on_host: dict[DataParallelGroup, int] = {}
-
-
 def _data_parallel(options: Options) -> DataParallelGroup:
     """The data-parallel group. Its ranks meet when they first use it, whatever their options."""
     group = data_parallel_group(options.process_group, timedelta(seconds=options.timeout_seconds))
-    if group not in _ranks_on_host:
-        hosts = [hostname()]
-        if group.size > 1:
-            hosts = [card.words for card in _wide_council(group).meet(Act.SHARD, words=hosts[0])]
-        _ranks_on_host[group] = min(Counter(hosts).values())
+    ranks_on_smallest_host(group)
     return group
 
 
@@ -123,31 +119,7 @@ def _report_early_failure(options: Mapping[str, Any] | None, error: Exception) -
         given = {k: v for k, v in (options or {}).items() if k in ("process_group",)}
         group = _data_parallel(Options(**given))
         if group.size > 1:
-            _tell(_wide_council(group), error)
-
-
-def _tell(council: Council, error: Exception) -> None:
-    """Say why this rank fails, so that the others raise too; its own error stays the first."""
-    try:
-        council.meet(Act.FAILED, words=f"{type(error).__name__}: {error}")
-    except AgreementError as met:
-        log.debug("told the group: %s", met)
-
-
-@contextmanager
-def _telling(council: Council | None) -> Iterator[None]:
-    """Tell the ranks of the council if what is done here fails."""
-    try:
-        yield
-    except Exception as error:
-        if council is not None:
-            _tell(council, error)
-        raise
-
-
-def _wide_council(group: DataParallelGroup) -> Council:
-    """All data-parallel ranks: they agree on plans."""
-    return Council(group.control_group(group.size), 0, group.timeout.total_seconds())
+            tell(wide_council(group), error)
 
 
 # runtimes ---------------------------------------------------------------------------------------
@@ -159,9 +131,9 @@ class Runtime:
     def __init__(self, options: Options, group: DataParallelGroup):
         self.options = options
         self.group = group
-        self.wide = _wide_council(group)
-        with _telling(self.wide):
-            self.sizes = options.sizes.resolve(group.size, _ranks_on_host[group])
+        self.wide = wide_council(group)
+        with telling(self.wide):
+            self.sizes = options.sizes.resolve(group.size, ranks_on_smallest_host(group))
         # ragged steps learn the number of rows to run at when they meet
         self._meets = options.check_tokens or options.tokens == "ragged"
         # the parameters that the ranks have agreed on, with the class they had then
@@ -184,18 +156,18 @@ class Runtime:
         parameters = [v for v in inputs if isinstance(v, nn.Parameter)]
         if all(p in self._agreed and self._agreed[p] is type(p) for p in parameters):
             council = self.step_council if self._meets else None
-            with _telling(council):
+            with telling(council):
                 return self._compile(gm, inputs, self._rewrite(gm, inputs))
-        with _telling(self.wide):
+        with telling(self.wide):
             planned = self._plan(gm, inputs)
             check_requested(planned.plan, self.options.sizes.requested, self.options.allow_missing)
         self._agree(planned.plan)
-        with _telling(self.wide):
+        with telling(self.wide):
             written = self._rewrite(gm, inputs, planned)
         self.wide.meet(Act.SHARD, words="ready")
         whole = [p for p in parameters if not isinstance(p, weights.ShardedParameter)]
         try:
-            with _telling(self.wide):
+            with telling(self.wide):
                 compiled = self._compile(gm, inputs, written)
             self.wide.meet(Act.SHARD, words="compiled")
         except Exception:
@@ -217,22 +189,15 @@ class Runtime:
 
     def _agree(self, plan: Plan) -> None:
         """Compare plans, options and library versions on all ranks; raises on every one."""
-        mine = {
-            "plan": plan.fingerprint,
-            "sizes": self.sizes,
-            "tokens": self.options.tokens,
-            "check_tokens": self.options.check_tokens,
-            **library_versions(),
-        }
-        cards = self.wide.meet(Act.SHARD, words=mine)
-        for what in mine:
-            said = {card.rank: card.words.get(what) for card in cards}
-            if len({str(value) for value in said.values()}) > 1:
-                listed = ", ".join(f"rank {rank} has {value}" for rank, value in said.items())
-                raise AgreementError(
-                    f"the data-parallel ranks differ in {what}: {listed}. "
-                    "They must run the same model with the same options and libraries."
-                )
+        self.wide.meet_equal(
+            {
+                "plan": plan.fingerprint,
+                "sizes": self.sizes,
+                "tokens": self.options.tokens,
+                "check_tokens": self.options.check_tokens,
+                **library_versions(),
+            }
+        )
 
     def _rewrite(
         self, gm: fx.GraphModule, inputs: Sequence[Any], planned: PlannedGraph | None = None

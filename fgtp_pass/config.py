@@ -1,7 +1,7 @@
 """What the user may ask for: the options of the backend, checked before anything else happens."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -95,10 +95,15 @@ def _parse_size(key: str, value: Any) -> int | Literal["auto"]:
     return int(value)
 
 
-def _unknown(what: str, given: str, known: Mapping[str, Any] | Sequence[str], where: str) -> str:
-    nearest = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Known: {', '.join(known)}."
-    return f"unknown {what} {given!r} in {where}.{hint}"
+def nearest_hint(given: object, known: Iterable[str]) -> str:
+    """What may have been meant by a name that is not known, as a sentence to append."""
+    names = list(known)
+    nearest = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
+    return f" Did you mean {nearest[0]!r}?" if nearest else f" Known: {', '.join(names)}."
+
+
+def _unknown(what: str, given: str, known: Iterable[str], where: str) -> str:
+    return f"unknown {what} {given!r} in {where}.{nearest_hint(given, known)}"
 
 
 class Options(BaseModel):
