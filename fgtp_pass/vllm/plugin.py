@@ -131,4 +131,4 @@ def _init_backend(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs:
         return backend
     from fgtp_pass.vllm.graph import with_pass
 
-    return with_pass(backend, vllm_config)
+    return with_pass(backend, self.inductor_compile_config)
