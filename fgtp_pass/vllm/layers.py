@@ -215,7 +215,9 @@ class ShardedVocabParallelEmbedding(VocabParallelEmbedding):  # type: ignore[mis
         self._reduces = tp.world_size > 1
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        ids = input_.long() - self._first_row
+        ids = input_.long()
+        if self._first_row:
+            ids = ids - self._first_row
         out: torch.Tensor = torch.ops.fgtp.embedding(ids, self.weight, self.fgtp.name)
         return tensor_model_parallel_all_reduce(out) if self._reduces else out
 
