@@ -80,7 +80,9 @@ def _give_head_to_logits(model: nn.Module, plan: Plan, group: DataParallelGroup)
         sharded = getattr(layer, "fgtp", None)
         if sharded is not None and sharded.weight.fqn in heads:
             size = heads[sharded.weight.fqn]
-            layer.fgtp_exchange = Exchange(sharded, group.control_group(size))
+            layer.fgtp_exchange = Exchange(  # type: ignore[assignment]
+                sharded, group.control_group(size)
+            )
 
 
 def _report(plan: Plan, group: DataParallelGroup) -> None:

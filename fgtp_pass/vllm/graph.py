@@ -48,8 +48,8 @@ def with_pass(backend: Any, inductor_options: dict[str, Any]) -> Callable[..., A
             from torch._inductor.compile_fx import compile_fx
 
             return compile_fx(rewritten, list(example_inputs), config_patches=inductor_options)
-        inner = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
-        return inner(rewritten, example_inputs)
+        inner: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+        return inner(rewritten, list(example_inputs))
 
     return compile_rewritten
 

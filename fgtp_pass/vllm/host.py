@@ -53,6 +53,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
         "model_config",
     ),
     "vllm.model_executor.model_loader.utils.initialize_model": ("vllm_config", "model_config"),
+    "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ("prompt", "params"),
     "vllm.v1.worker.dp_utils._post_process_dp_padding": ("tensor", "should_dp_pad"),
     "vllm.v1.worker.gpu.dp_utils.sync_cudagraph_and_dp_padding": ("num_tokens", "dp_size"),
 }

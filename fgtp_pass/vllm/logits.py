@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from fgtp_pass import collectives
@@ -56,13 +55,16 @@ class ShardedLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     def _get_logits(
         self,
         hidden_states: torch.Tensor,
-        lm_head: nn.Module,
+        lm_head: Any,
         embedding_bias: torch.Tensor | None,
         skip_gather: bool = False,
     ) -> torch.Tensor | None:
         exchange: Exchange | None = getattr(lm_head, "fgtp_exchange", None)
         if exchange is None:
-            return super()._get_logits(hidden_states, lm_head, embedding_bias, skip_gather)
+            stock: torch.Tensor | None = super()._get_logits(
+                hidden_states, lm_head, embedding_bias, skip_gather
+            )
+            return stock
         logits: torch.Tensor | None = exchange.logits(
             hidden_states, lambda x: self._apply_head(lm_head, x, embedding_bias)
         )

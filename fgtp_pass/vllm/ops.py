@@ -44,7 +44,7 @@ class ShardedLayer:
 # by name: a marker finds its layer by it, in a graph that another process may have compiled too
 LAYERS: WeakValueDictionary[str, ShardedLayer] = WeakValueDictionary()
 
-_library = torch.library.Library("fgtp", "DEF")
+_library: Any = torch.library.Library("fgtp", "DEF")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor x, Tensor? weight, Tensor? bias, str layer, int features) -> Tensor")
 _library.define("local_linear(Tensor x, Tensor? bias, str layer, int features) -> Tensor")
 _library.define("embedding(Tensor ids, Tensor weight, str layer) -> Tensor")

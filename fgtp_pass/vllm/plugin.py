@@ -82,12 +82,15 @@ def install() -> None:
         return
     if "passes" not in CompilationConfig.__dataclass_fields__:
         return  # the platform plugin was left out: VLLM_PLUGINS, or VLLM_TARGET_DEVICE=cpu
-    from fgtp_pass.vllm import lockstep
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from fgtp_pass.vllm import lockstep, requests
 
     _wrap(EngineArgs, "create_model_config", lockstep.create_model_config)
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(BaseModelLoader, "create_model", _create_model)
     _wrap(CompilationConfig, "init_backend", _init_backend)
+    _wrap(InputProcessor, "process_inputs", requests.process_inputs)
 
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:

@@ -65,9 +65,14 @@ def read_settings(compilation: Any, additional: Any) -> Settings | None:
     return Settings(parse_sizes(given.get(COMPONENT_SIZES)), float(timeout))
 
 
+# drafters that have no layers of their own to run, and share none with the model
+_SPECULATION = ("ngram", "suffix")
+
+
 def check_engine(config: Any) -> None:
     """Raise ConfigError for what the pass does not support in a `VllmConfig`, with the reason."""
     parallel = config.parallel_config
+    speculative = config.speculative_config
     refused = {
         "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
         "data_parallel_size = 1: there is no other rank to share weights with": (
@@ -84,6 +89,10 @@ def check_engine(config: Any) -> None:
         ),
         "distributed_executor_backend='external_launcher': its ranks are not kept in step": (
             parallel.distributed_executor_backend == "external_launcher"
+        ),
+        f"speculative decoding by another method than {' or '.join(_SPECULATION)}: drafters run "
+        "the lm_head or the embedding a number of times that idle ranks do not know": (
+            speculative is not None and speculative.method not in _SPECULATION
         ),
         "pooling models": config.model_config.runner_type != "generate",
     }

@@ -153,13 +153,15 @@ class _Step(nn.Module):
         return logits
 
 
-_library = torch.library.Library("fgtp", "FRAGMENT")
+_library: Any = torch.library.Library("fgtp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("moe(Tensor hidden_states, Tensor router_logits) -> Tensor")
 
 
-@torch.library.register_fake("fgtp::moe", lib=_library)
 def _moe_shape(hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(hidden_states)
+
+
+torch.library.register_fake("fgtp::moe", _moe_shape, lib=_library)
 
 
 def _opaque_moe(

@@ -6,6 +6,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from fgtp_pass.errors import ConfigError
+from fgtp_pass.vllm.failure import naming_the_cause
 from fgtp_pass.vllm.lockstep import pad_every_step
 from fgtp_pass.vllm.logits import take_part
 
@@ -26,10 +27,15 @@ class ShardedWorker(_Stock):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         pad_every_step()
 
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_the_cause("a step"):
+            return super().execute_model(*args, **kwargs)
+
     def execute_dummy_batch(self) -> None:
-        super().execute_dummy_batch()
-        config = self.model_config
-        take_part(self.model_runner.model, config.get_hidden_size(), config.dtype, self.device)
+        with naming_the_cause("an idle step"):
+            super().execute_dummy_batch()
+            config = self.model_config
+            take_part(self.model_runner.model, config.get_hidden_size(), config.dtype, self.device)
 
 
 def use_sharded_worker(parallel_config: Any) -> None:
