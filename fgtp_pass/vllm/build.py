@@ -58,7 +58,7 @@ def build_model(
         _check_real(model)
     council.meet(Act.SHARD, words="built")
     _give_head_to_logits(model, plan, group)
-    _report(plan, group)
+    _report(plan, group, model)
     model.fgtp_plan = plan  # type: ignore[assignment]
     return model
 
@@ -85,17 +85,18 @@ def _give_head_to_logits(model: nn.Module, plan: Plan, group: DataParallelGroup)
             )
 
 
-def _report(plan: Plan, group: DataParallelGroup) -> None:
+def _report(plan: Plan, group: DataParallelGroup, model: nn.Module) -> None:
     """One line per component group, from its first rank; the whole plan for who debugs."""
     sizes = {site.component: site.group_size for site in plan.sites}
     largest = max(sizes.values(), default=1)
     if group.rank % largest == 0:
-        listed = ", ".join(f"{component} over {size}" for component, size in sizes.items())
+        held = sum(parameter.nbytes for parameter in model.parameters())
         log.info(
-            "fgtp: ranks %d to %d share %s; %s of weights freed per rank",
+            "fgtp: ranks %d to %d share %s; %s of weights per rank, %s freed",
             group.rank,
             group.rank + largest - 1,
-            listed or "nothing",
+            ", ".join(f"{component} over {size}" for component, size in sizes.items()),
+            format_bytes(held),
             format_bytes(plan.bytes_saved_per_rank),
         )
         log.debug("%s", plan)
