@@ -126,11 +126,11 @@ def test_a_tied_weight_stays_plain(ranks: Pools) -> None:
 class Switch(nn.Module):
     """A model that, when asked to, reads a weight in a way that no pattern describes."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0, odd: bool = False) -> None:
         super().__init__()
-        self.model = zoo.build("llama")
+        self.model = zoo.build("llama", seed=seed)
         self.config = self.model.config
-        self.odd = False
+        self.odd = odd
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
         out = self.model(input_ids=input_ids, use_cache=use_cache)
@@ -163,6 +163,33 @@ def _needed_plain_later() -> None:
 @needs_packing
 def test_a_graph_that_needs_the_plain_shard_unpacks_it_for_good(ranks: Pools) -> None:
     ranks(2).run(_needed_plain_later)
+
+
+def _graph_of_a_twin() -> int:
+    """Dynamo calls the graph that one model was compiled to with the other's packed weights."""
+    one, two = Switch(seed=1, odd=True).eval(), Switch(seed=2).eval()
+    graphs = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        options = {"finegrained_tp_config": sizes(2), "inner_backend": "eager"}
+        return fgtp_backend(gm, inputs, options=options)
+
+    wants = [step(two), step(one)]
+    two.odd = True
+    wants.append(step(two))
+    two.odd = False
+    fast_one, fast_two = (torch.compile(model, backend=backend) for model in (one, two))
+    assert relative_errors(step(fast_two), wants[0])[0] < 1e-5
+    assert relative_errors(step(fast_one), wants[1])[0] < 1e-5
+    two.odd = True
+    assert relative_errors(step(fast_two), wants[2])[0] < 1e-5
+    return len(graphs)
+
+
+@needs_packing
+def test_a_graph_compiled_with_plain_shards_takes_no_packed_ones(ranks: Pools) -> None:
+    assert ranks(2).run(_graph_of_a_twin) == [2, 2]
 
 
 def _idles() -> None:
