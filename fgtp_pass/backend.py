@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fgtp_pass import dynamo, weights
+from fgtp_pass import dynamo, packing, weights
 from fgtp_pass.agreement import (
     Act,
     Council,
@@ -217,7 +217,9 @@ class Runtime:
                     "compiled model with another process_group. Call fgtp_pass.unshard first."
                 )
         rewritten = rewrite(gm, planned, groups, in_force, self.options.tokens == "ragged")
-        return Written(planned, rewritten, groups)
+        packed = packing.packable(rewritten.module.graph, rewritten.shards)
+        packing.take_packed(rewritten.module, packed)
+        return Written(planned, rewritten, groups, packed)
 
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], written: "Written | None"
@@ -229,34 +231,38 @@ class Runtime:
         new = weights.shard_parameters(
             {inputs[i]: (cut, groups[size]) for i, (cut, size) in rewritten.shards.items()},
             planned.plan,
+            {inputs[i] for i in written.packed},
         )
         if new and self.group.rank == 0:
             freed = format_bytes(planned.plan.bytes_saved_per_rank)
             log.info("sharded %d weights, %s freed per rank", new, freed)
             log.debug("%s", planned.plan)
-        compiled, guards = self._compile_rewritten(inputs, rewritten)
+        compiled, guards = self._compile_rewritten(inputs, written)
         counter = TokenCounter(gm.graph, planned.sites, guards)
+        idle, taken = idle_graph(gm, planned, rewritten.gathered, groups, counter.classes)
+        packing.take_packed(idle, [i for i, n in enumerate(taken) if n in written.packed])
         step = Step(
             compiled=compiled,
             shards=tuple(rewritten.shards),
+            packed=written.packed,
             counter=counter,
             sites=sites_number(planned.sites),
             council=self.step_council if self._meets else None,
             ragged=self.options.tokens == "ragged",
-            idle=IdleProgram(*idle_graph(gm, planned, rewritten.gathered, groups, counter.classes)),
+            idle=IdleProgram(idle, taken),
         )
         note_step(step, (inputs[position] for position in rewritten.shards))
         return step
 
     def _compile_rewritten(
-        self, inputs: Sequence[Any], rewritten: RewrittenGraph
+        self, inputs: Sequence[Any], written: "Written"
     ) -> tuple[Compiled, list[SizeGuard]]:
         """Compile with the shards, real and of static shape, in the place of the parameters."""
-        given = list(inputs)
+        given, rewritten = list(inputs), written.rewritten
         for position in rewritten.shards:
             record = weights.record_of(inputs[position])
             assert record is not None
-            given[position] = record.shard
+            given[position] = record.for_graph(position in written.packed)
         static = [given[position] for position in rewritten.shards]
         rows = rewritten.row_examples
         with dynamo.new_inputs(static, rows, rewritten.row_inputs) as guards:
@@ -266,11 +272,15 @@ class Runtime:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """A rewritten graph with its plan and the component groups that it names."""
+    """A rewritten graph with its plan and the component groups that it names.
+
+    packed: the positions of the shards that it takes packed.
+    """
 
     planned: PlannedGraph
     rewritten: RewrittenGraph
     groups: Mapping[int, ComponentGroup]
+    packed: frozenset[int]
 
 
 def _fits(site: PlannedSite, in_force: Mapping[fx.Node, tuple[WeightCut, int]]) -> bool:
