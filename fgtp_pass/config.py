@@ -6,10 +6,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fgtp_pass import sizes
+from fgtp_pass.cost.advice import Objective
+from fgtp_pass.cost.hardware import load
 from fgtp_pass.errors import ConfigError
 from fgtp_pass.pattern import Pattern
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.sizes import COMPONENT_SIZES, ComponentSizes, unknown
+
+MEASURE = "measure"
 
 
 def parse_sizes(
@@ -29,6 +33,11 @@ class Options(BaseModel):
     inner_options: its `options=`. process_group: the data-parallel group, a ProcessGroup or a
     one-dimensional DeviceMesh; None for the world. allow_missing: components that may have no
     site. timeout_seconds: how long a rank waits for its group. patterns: more components.
+
+    decode_batch: tokens per rank of a decode step. objective: "latency", "balanced" (the default
+    with a decode_batch) or "memory". With either of these, "auto" is what the cost model favours.
+    hardware: its constants, a profile's name or a path; by default those of the detected device, or
+    of a calibration of this machine that is measured once and kept; "measure" measures again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -42,6 +51,9 @@ class Options(BaseModel):
     allow_missing: tuple[str, ...] = ()
     timeout_seconds: float = Field(default=600.0, gt=0)
     patterns: tuple[Pattern, ...] = ()
+    decode_batch: int | None = Field(default=None, ge=1, strict=True)
+    objective: Objective | None = None
+    hardware: str | None = None
 
     @field_validator("allow_missing", "patterns", mode="before")
     @classmethod
@@ -84,4 +96,11 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
         if name not in known:
             raise ConfigError(unknown("component", name, known, "allow_missing"))
     _ = parsed.sizes  # raises for a wrong finegrained_tp_config
+    if parsed.objective in ("latency", "balanced") and parsed.decode_batch is None:
+        raise ConfigError(
+            f"objective {parsed.objective!r} needs decode_batch: the tokens per rank of a decode "
+            "step, for which costs are compared."
+        )
+    if parsed.hardware not in (None, MEASURE):
+        load(parsed.hardware)  # raises for an unknown one
     return parsed

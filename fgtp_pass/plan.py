@@ -99,16 +99,26 @@ class LeftAlone(_Frozen):
     reason: str
 
 
+class ChosenSize(_Frozen):
+    """A group size that "auto" took for a component, 1 for off, and why."""
+
+    component: str
+    size: int
+    reason: str
+
+
 class Plan(_Frozen):
     """Everything that the pass will do to a model, the same on every rank.
 
-    data_parallel_size: number of ranks that the component groups are cut from.
+    data_parallel_size: number of ranks that the component groups are cut from. chosen: the sizes
+    that the cost model chose, if it was asked to.
     """
 
     version: Literal[1] = 1
     data_parallel_size: int
     sites: tuple[Site, ...] = ()
     left_alone: tuple[LeftAlone, ...] = ()
+    chosen: tuple[ChosenSize, ...] = ()
 
     def cuts(self) -> dict[str, tuple[WeightCut, int]]:
         """The cut weights by name, each once, with its group size."""
@@ -192,7 +202,10 @@ class Plan(_Frozen):
         tied = [s.component for s in self.sites if self._is_tied(s)]
         if tied:
             note += f"; a tied weight serves {' and '.join(dict.fromkeys(tied))} and is freed once"
-        return "\n".join([line.rstrip() for line in lines] + [note])
+        chosen = [
+            f"{c.component}: {c.size if c.size > 1 else 'off'}, {c.reason}" for c in self.chosen
+        ]
+        return "\n".join([line.rstrip() for line in lines] + [note, *chosen])
 
     def _is_tied(self, site: Site) -> bool:
         mine = {w.fqn for w in site.weights if w.cut_dim is not None}
@@ -219,6 +232,7 @@ def merge(plans: Iterable[Plan]) -> Plan | None:
         data_parallel_size=distinct[0].data_parallel_size,
         sites=ordered,
         left_alone=tuple(rest.values()),
+        chosen=tuple(dict.fromkeys(choice for plan in distinct for choice in plan.chosen)),
     )
 
 

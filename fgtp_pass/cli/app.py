@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,8 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from fgtp_pass.models import ModelSummary
+
+_NOISY = 0.5  # spread of a measurement above which it is worth repeating
 
 app = typer.Typer(
     add_completion=False,
@@ -123,3 +126,38 @@ def hardware(
         typer.echo(json.dumps([one.model_dump() for one in shown], indent=2))
     else:
         show_hardware(shown, Console(), in_full=name is not None)
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option(help="Where to write the profile, a .toml.")],
+    world: Annotated[int, typer.Option(min=2, help="Ranks to measure with.")] = 2,
+    dtypes: Annotated[
+        str, typer.Option(help="What to measure matmuls of; all else uses the first.")
+    ] = "float32,bfloat16",
+) -> None:
+    """Measure this machine: memory bandwidth, matmul rate and each collective, in real ranks."""
+    try:
+        import tomli_w
+    except ImportError:
+        from fgtp_pass.models import needs_extra
+
+        raise needs_extra("cli", "TOML files") from None
+    from fgtp_pass.cli.show import show_hardware
+    from fgtp_pass.cost.calibration_ranks import calibrate as run
+
+    with _status() as say:
+        say(f"measuring with {world} ranks; leave the machine alone meanwhile")
+        profile = run(world, dtypes.split(","))
+    output.write_text(tomli_w.dumps(profile.model_dump(exclude_none=True)))
+    show_hardware([profile], Console(), in_full=True)
+    assert profile.calibration is not None
+    spread = profile.calibration.spread
+    worst = max(spread, key=lambda name: spread[name])
+    typer.echo(
+        f"written to {output}; largest spread (p90 - p10) / median: {worst}, {spread[worst]:.0%}"
+    )
+    if spread[worst] > _NOISY:
+        typer.echo(
+            "The times vary a lot: other processes use this machine. Measure again when idle."
+        )

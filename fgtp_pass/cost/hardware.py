@@ -51,16 +51,17 @@ class CollectiveTime(_Frozen):
 class Link(_Frozen):
     """The collectives over one class of link."""
 
-    kind: Literal["nvlink", "xgmi", "hccs", "pcie", "network", "loopback"]
+    kind: Literal["nvlink", "xgmi", "hccs", "pcie", "network", "measured"]
     all_gather: CollectiveTime
     all_to_all: CollectiveTime
     reduce_scatter: CollectiveTime
 
 
 class Calibration(_Frozen):
-    """Where measured constants come from.
+    """When and where constants were measured, and how much their times varied.
 
-    spread: per constant, (p90 - p10) / median of the times behind it.
+    machine: its device, in general words. world: group sizes that were measured. spread: per
+    measurement, (p90 - p10) / median of its times.
     """
 
     measured_at: str
