@@ -8,7 +8,7 @@ def main() -> None:
     try:
         from fgtp_pass.cli.app import app
     except ImportError as error:
-        if error.name not in ("typer", "rich"):
+        if (error.name or "").split(".")[0] not in ("typer", "rich"):
             raise
         sys.exit("fgtp: the command line needs the extra 'cli': pip install 'fgtp-pass[cli]'")
     try:

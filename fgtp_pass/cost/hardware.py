@@ -134,8 +134,14 @@ def profiles() -> Mapping[str, Path]:
 def load(name: str) -> Hardware:
     """The profile of this name, or in this TOML file.
 
-    Raises ConfigError for an unknown name, with the nearest one, and for a file that is none.
+    Raises ConfigError for an unknown name, with the nearest one, for a file that is none, and for
+    several names: the ranks of a group wait for each other, so devices must be equal.
     """
+    if "," in name:
+        raise config_error(
+            f"mixed devices ({name}) are not planned: groups run at the slowest one's pace and "
+            "memory. Serve each kind of device by itself."
+        )
     path = profiles().get(name) or Path(name)
     if path.suffix != ".toml" or not path.is_file():
         known = ", ".join(profiles())

@@ -31,8 +31,16 @@ def read_sizes(text: str, components: Sequence[Component]) -> ComponentSizes:
             raise config_error(f"--sizes is not JSON: {error}") from None
     else:
         given = dict(_pair(part) for part in re.split(r",\s*|\s+(?=--)", text))
-    names = {known.component: known.config_key for known in components}
-    return parse_sizes({names.get(key, key): value for key, value in given.items()}, components)
+    return parse_sizes(given, [_NamedComponent(known) for known in components])
+
+
+class _NamedComponent:
+    """A component that goes by its own name too."""
+
+    def __init__(self, known: Component):
+        self.component = known.component
+        self.config_key = known.config_key
+        self.aliases = (known.component, *known.aliases)
 
 
 def _pair(text: str) -> tuple[str, Any]:
