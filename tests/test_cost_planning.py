@@ -13,7 +13,7 @@ from fgtp_pass.cost.hardware import load
 from fgtp_pass.cost.memory import Load, latent_cache, tensor_parallel
 from fgtp_pass.cost.report import Report, make_report
 from fgtp_pass.cost.shape import component_shapes
-from fgtp_pass.cost.spelling import read_sizes, vllm_command
+from fgtp_pass.cost.spelling import mindie, read_sizes, sglang, vllm_command
 from fgtp_pass.models import ComponentKey, ModelSummary, summarize
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan import itemsize
@@ -304,3 +304,11 @@ def test_the_vllm_command() -> None:
         '\'{"finegrained_tp_config": {"mlp_tensor_parallel_size": 8}}\''
     )
     assert "additional" not in vllm_command("m", 8, {}, BUILTIN, expert_parallel=True)
+
+
+def test_equivalents_of_other_systems() -> None:
+    sizes = {"oproj": 8, "lmhead": 1, "mlp": 4, "embedding": 8}
+    assert mindie(sizes) == '{"parallel_options": {"o_proj_local_tp": 8}}'
+    assert sglang(sizes, has_experts=True) == "--enable-dp-attention --moe-dense-tp-size 4"
+    assert sglang(sizes, has_experts=False) == ""
+    assert mindie({"mlp": 8}) == ""

@@ -91,3 +91,28 @@ def estimate(
             )
         )
     return rows
+
+
+def step_seconds(
+    shapes: Mapping[str, ComponentShape],
+    linears: int,
+    cluster: Cluster,
+    sizes: Mapping[str, int],
+    tokens: int,
+) -> float:
+    """Seconds of a decode step of a dense model: matmuls, lookups and collectives.
+
+    linears: elements of matmul weights that no component has (q, k and v), kept as the model's
+    dtype says. Attention, norms and the host's own time are left out.
+    """
+    rest = ComponentShape("", (), (), next(iter(shapes.values())).precision)
+    others = {**cluster.values(rest), formulas.ELEMENTS: linears, formulas.TOKENS: tokens}
+    total = formulas.evaluate(formulas.WHOLE_SECONDS, others)
+    for name, shape in shapes.items():
+        values = {
+            **cluster.values(shape),
+            formulas.GROUP: sizes.get(name, 1),
+            formulas.TOKENS: tokens,
+        }
+        total += formulas.evaluate(formulas.SHARDED_SECONDS, values)
+    return total

@@ -85,7 +85,7 @@ class Report:
             "tensor_parallel": asdict(self.tensor_parallel),
             "vllm": self.command,
             "mindie": spelling.mindie(self.sizes),
-            "sglang": spelling.sglang(self.sizes),
+            "sglang": spelling.sglang(self.sizes, has_experts=self.summary.experts > 0),
         }
         if self.latent is not None:
             found["attention"] = {"parallelism": "data", **asdict(self.latent)}

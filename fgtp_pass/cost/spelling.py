@@ -100,7 +100,12 @@ def mindie(sizes: Mapping[str, int]) -> str:
     return json.dumps({"parallel_options": said}) if said else ""
 
 
-def sglang(sizes: Mapping[str, int]) -> str:
-    """SGLang's flags for these sizes; "" if it has a word for none of them."""
+def sglang(sizes: Mapping[str, int], has_experts: bool) -> str:
+    """SGLang's flags for these sizes; "" if it has a word for none of them.
+
+    Its size is that of the dense FFNs of a model with experts.
+    """
+    if not has_experts:
+        return ""
     said = [f"{flag} {sizes[name]}" for name, flag in _SGLANG.items() if sizes.get(name, 1) > 1]
     return " ".join(["--enable-dp-attention", *said]) if said else ""
