@@ -40,7 +40,7 @@ snapshots: $(INSTALLED)
 
 benchmarks: $(INSTALLED)
 	@mkdir -p benchmarks/results
-	@set -e; for name in decode_step memory compile_time collectives gpu_rank; do \
+	@set -e; for name in decode_step predicted_vs_measured memory compile_time collectives gpu_rank; do \
 		echo "== $$name"; \
 		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json; done
 

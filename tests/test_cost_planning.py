@@ -84,6 +84,17 @@ def test_all_61_layers_are_reported(deepseek: ModelSummary) -> None:
     assert deepseek.experts == 58 * 256 * 3 * 7168 * 2048
 
 
+def test_routed_experts_lie_over_all_ranks(deepseek: ModelSummary) -> None:
+    everything = 671_026_404_352  # parameters, counted by torch
+    vocabulary, vectors = 2 * 129280 * 7168, deepseek.others - deepseek.linears
+    experts = deepseek.experts
+    report = published_case(deepseek)
+    one_byte = everything - vocabulary - vectors - experts * 31 / 32
+    assert report.whole.weight_bytes == one_byte + 2 * (vocabulary + vectors)
+    saved = report.totals["bytes_saved_per_rank"]
+    assert report.sharded.weight_bytes == report.whole.weight_bytes - saved
+
+
 def test_latent_attention_is_advised_to_stay_data_parallel(deepseek: ModelSummary) -> None:
     load_of_rank = Load(batch=24, context=4096)
     cache = latent_cache(deepseek, load_of_rank, devices=32)
