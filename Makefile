@@ -51,7 +51,8 @@ snapshots: $(INSTALLED)
 
 benchmarks: $(INSTALLED)
 	@mkdir -p benchmarks/results
-	@set -e; for name in decode_step packing memory compile_time collectives gpu_rank; do \
+	@set -e; for name in decode_step predicted_vs_measured packing memory compile_time collectives \
+		gpu_rank; do \
 		echo "== $$name"; \
 		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json; done
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import product
+from typing import Any
 
 
 class Placement(Enum):
@@ -87,10 +88,12 @@ Step = Move | Apply
 class Path:
     """A legal way through the algebra from Own to Own, with its price.
 
-    `bytes_per_token`: bytes that one rank sends for each of its own tokens.
+    widths: bytes per token of the whole activation that each move moves, in order.
+    bytes_per_token: bytes that one rank sends for each of its own tokens.
     """
 
     steps: tuple[Step, ...]
+    widths: tuple[int, ...]
     bytes_per_token: float
 
     @property
@@ -111,17 +114,19 @@ class Path:
         return text
 
 
-def sent_bytes(move: Move, width_bytes: int, group_size: int) -> float:
+def sent_bytes(collective: Collective, width_bytes: Any, group_size: Any) -> Any:
     """Bytes that one rank sends per own token, for `width_bytes` bytes of features per token.
+
+    Numbers in, a number out; sympy expressions in, an expression out.
 
     Bandwidth-optimal counts (Thakur, Rabenseifner and Gropp, "Optimization of Collective
     Communication Operations in MPICH", 2005): all_gather and reduce_scatter send (k-1) times the
     rank's own share, all_to_all sends (k-1)/k of it.
     """
     others = group_size - 1
-    if move.collective is Collective.ALL_TO_ALL:
+    if collective is Collective.ALL_TO_ALL:
         return width_bytes * others / group_size
-    return float(width_bytes * others)
+    return width_bytes * others
 
 
 def cheapest_path(stages: Sequence[StageShape], group_size: int) -> Path:
@@ -146,18 +151,23 @@ def cheapest_path(stages: Sequence[StageShape], group_size: int) -> Path:
 
 def _path(stages: Sequence[StageShape], cuts: Sequence[Cut], group_size: int) -> Path | None:
     """The path with the given cut per stage, or None where a needed move does not exist."""
-    here, price = Placement.OWN, 0.0
+    here = Placement.OWN
     steps: list[Step] = []
+    widths: list[int] = []
     for number, (stage, cut) in enumerate(zip(stages, cuts, strict=True)):
         needs, gives = APPLY[cut]
         if here is not needs:
             if (here, needs) not in MOVES:
                 return None
-            move = Move(here, needs)
-            steps.append(move)
-            price += sent_bytes(move, stage.in_bytes, group_size)
+            steps.append(Move(here, needs))
+            widths.append(stage.in_bytes)
         steps.append(Apply(number, cut))
         here = gives
-    back = Move(here, Placement.OWN)
-    price += sent_bytes(back, stages[-1].out_bytes, group_size)
-    return Path((*steps, back), price)
+    steps.append(Move(here, Placement.OWN))
+    widths.append(stages[-1].out_bytes)
+    moves = [step for step in steps if isinstance(step, Move)]
+    price = sum(
+        sent_bytes(move.collective, width, group_size)
+        for move, width in zip(moves, widths, strict=True)
+    )
+    return Path(tuple(steps), tuple(widths), float(price))

@@ -21,13 +21,14 @@ from fgtp_pass.agreement import (
     telling,
     wide_council,
 )
+from fgtp_pass.auto import SizeChooser
 from fgtp_pass.collectives import (
     ComponentGroup,
     DataParallelGroup,
     data_parallel_group,
 )
 from fgtp_pass.config import Options, parse_options
-from fgtp_pass.detect import detect
+from fgtp_pass.detect import Detection, detect
 from fgtp_pass.dynamo import SizeGuard
 from fgtp_pass.errors import ConfigError, FgtpError, InferenceOnlyError
 from fgtp_pass.plan import Plan, WeightCut, format_bytes
@@ -133,11 +134,16 @@ class Runtime:
         self.group = group
         self.wide = wide_council(group)
         with telling(self.wide):
-            self.sizes = options.sizes.resolve(group.size, ranks_on_smallest_host(group))
+            self._chooser = SizeChooser(options, group, self.wide, ranks_on_smallest_host(group))
         # ragged steps learn the number of rows to run at when they meet
         self._meets = options.check_tokens or options.tokens == "ragged"
         # the parameters that the ranks have agreed on, with the class they had then
         self._agreed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Group sizes by component, 1 for off."""
+        return self._chooser.sizes
 
     @property
     def step_council(self) -> Council:
@@ -159,7 +165,9 @@ class Runtime:
             with telling(council):
                 return self._compile(gm, inputs, self._rewrite(gm, inputs))
         with telling(self.wide):
-            planned = self._plan(gm, inputs)
+            detection = detect(gm.graph, inputs, self.options.all_patterns)
+            self._chooser.see(detection)
+            planned = self._plan(gm, inputs, detection)
             check_requested(planned.plan, self.options.sizes.requested, self.options.allow_missing)
         self._agree(planned.plan)
         with telling(self.wide):
@@ -179,13 +187,17 @@ class Runtime:
             self._agreed[parameter] = type(parameter)
         return compiled
 
-    def _plan(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> PlannedGraph:
+    def _plan(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], detection: Detection | None = None
+    ) -> PlannedGraph:
         """What to do with the graph, as far as it fits with what is sharded already."""
-        detection = detect(gm.graph, inputs, self.options.all_patterns)
+        detection = detection or detect(gm.graph, inputs, self.options.all_patterns)
         planned = plan_graph(detection, self.sizes, self.group.size)
         in_force = _in_force(gm, inputs)
         fits = tuple(site for site in planned.sites if _fits(site, in_force))
-        return PlannedGraph(planned.plan, fits, detection)
+        chosen = tuple(self._chooser.chosen.values())
+        plan = planned.plan.model_copy(update={"chosen": chosen})
+        return PlannedGraph(plan, fits, detection)
 
     def _agree(self, plan: Plan) -> None:
         """Compare plans, options and library versions on all ranks; raises on every one."""

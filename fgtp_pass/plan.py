@@ -2,11 +2,11 @@
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from fgtp_pass import algebra
@@ -14,6 +14,12 @@ from fgtp_pass import algebra
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a torch dtype, by its name: plans are read without torch."""
+    bits = re.search(r"\d+", dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1
 
 
 class WeightCut(_Frozen):
@@ -34,8 +40,7 @@ class WeightCut(_Frozen):
     @property
     def nbytes(self) -> int:
         """Bytes of the full parameter."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return math.prod(self.shape) * itemsize
+        return math.prod(self.shape) * itemsize(self.dtype)
 
     @property
     def dim(self) -> int:
@@ -61,15 +66,16 @@ class WeightCut(_Frozen):
 
     def bytes_saved(self, group_size: int) -> int:
         """Bytes that cutting frees on each rank."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return self.nbytes - math.prod(self.shard_shape(group_size)) * itemsize
+        return self.nbytes - math.prod(self.shard_shape(group_size)) * itemsize(self.dtype)
 
 
 class Site(_Frozen):
     """One place in the graph that is rewritten.
 
     path: the lowering, a path through the placement algebra (see `fgtp_pass.algebra`).
-    collectives: the collectives on that path, in order, once per step.
+    cuts: how the weights of each stage on that path are cut: "in", "out" or "rows" (a lookup).
+    collectives: the collectives on that path, in order, once per step. widths: bytes per token of
+    the whole activation that each of them moves.
     bytes_per_token: bytes that a rank sends per own token.
     tokens: which of the component's token counts the site runs at; sites with the same number
     always see the same number of tokens (lm_head may see fewer than o_proj).
@@ -79,7 +85,9 @@ class Site(_Frozen):
     weights: tuple[WeightCut, ...]
     group_size: int
     path: str
+    cuts: tuple[str, ...]
     collectives: tuple[str, ...]
+    widths: tuple[int, ...]
     bytes_per_token: float
     tokens: int = 0
 
@@ -91,16 +99,26 @@ class LeftAlone(_Frozen):
     reason: str
 
 
+class ChosenSize(_Frozen):
+    """A group size that "auto" took for a component, 1 for off, and why."""
+
+    component: str
+    size: int
+    reason: str
+
+
 class Plan(_Frozen):
     """Everything that the pass will do to a model, the same on every rank.
 
-    data_parallel_size: number of ranks that the component groups are cut from.
+    data_parallel_size: number of ranks that the component groups are cut from. chosen: the sizes
+    that the cost model chose, if it was asked to.
     """
 
     version: Literal[1] = 1
     data_parallel_size: int
     sites: tuple[Site, ...] = ()
     left_alone: tuple[LeftAlone, ...] = ()
+    chosen: tuple[ChosenSize, ...] = ()
 
     def cuts(self) -> dict[str, tuple[WeightCut, int]]:
         """The cut weights by name, each once, with its group size."""
@@ -184,7 +202,10 @@ class Plan(_Frozen):
         tied = [s.component for s in self.sites if self._is_tied(s)]
         if tied:
             note += f"; a tied weight serves {' and '.join(dict.fromkeys(tied))} and is freed once"
-        return "\n".join([line.rstrip() for line in lines] + [note])
+        chosen = [
+            f"{c.component}: {c.size if c.size > 1 else 'off'}, {c.reason}" for c in self.chosen
+        ]
+        return "\n".join([line.rstrip() for line in lines] + [note, *chosen])
 
     def _is_tied(self, site: Site) -> bool:
         mine = {w.fqn for w in site.weights if w.cut_dim is not None}
@@ -211,6 +232,7 @@ def merge(plans: Iterable[Plan]) -> Plan | None:
         data_parallel_size=distinct[0].data_parallel_size,
         sites=ordered,
         left_alone=tuple(rest.values()),
+        chosen=tuple(dict.fromkeys(choice for plan in distinct for choice in plan.chosen)),
     )
 
 
@@ -231,7 +253,9 @@ def make_site(
         weights=weights,
         group_size=group_size,
         path=str(path),
+        cuts=tuple(cut.value for cut in path.cuts),
         collectives=tuple(c.value for c in path.collectives),
+        widths=path.widths,
         bytes_per_token=path.bytes_per_token,
         tokens=tokens,
     )

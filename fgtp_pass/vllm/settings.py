@@ -5,9 +5,10 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from fgtp_pass.config import COMPONENT_SIZES, ComponentSizes, nearest_hint, parse_sizes
+from fgtp_pass.config import parse_sizes
 from fgtp_pass.errors import ConfigError
 from fgtp_pass.patterns import BUILTIN
+from fgtp_pass.sizes import COMPONENT_SIZES, ComponentSizes, nearest_hint
 
 log = logging.getLogger("vllm.fgtp_pass")
 

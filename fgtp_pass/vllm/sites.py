@@ -26,7 +26,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from fgtp_pass import dynamo
 from fgtp_pass.algebra import Cut
 from fgtp_pass.collectives import ComponentGroup
-from fgtp_pass.config import ComponentSizes
 from fgtp_pass.dataflow import GraphView
 from fgtp_pass.detect import detect
 from fgtp_pass.errors import DetectionError
@@ -34,6 +33,7 @@ from fgtp_pass.pattern import Findings, LookupStage, Match, MatmulStage, Pattern
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan import Plan, WeightCut
 from fgtp_pass.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
+from fgtp_pass.sizes import ComponentSizes
 
 _TOKENS = 8  # any count that is no other size of the model; the trace is for all counts
 

@@ -1,0 +1,205 @@
+"""What the cost model predicts for a decode step on this machine, against what is measured.
+
+The model, ranks and timing are those of decode_step.py. First both ranks calibrate: memory
+bandwidth, matmul rate and collectives, with the same matmul that the model runs as. Then each
+component by itself, and all together, are sharded in turn and timed against plain data
+parallelism, interleaved; token counts are not checked at run time (check_tokens=False), so that a
+step's collectives are those of the plan.
+
+`agrees` compares signs of the predicted and the measured change. A measured change counts only if
+it exceeds its spread: the p10 to p90 range of the differences between neighbouring steps does not
+contain zero. `error` is |predicted - measured| / measured of the whole step.
+"""
+
+import statistics
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import decode_step
+import torch
+import torch.distributed as dist
+from common import (
+    add_realtime,
+    integers,
+    interleave,
+    machine,
+    parser,
+    report,
+    run_ranks,
+    slower_rank,
+    spread,
+)
+
+import fgtp_pass
+from fgtp_pass.collectives import data_parallel_group
+from fgtp_pass.cost.calibrate import measure
+from fgtp_pass.cost.estimate import Cluster, step_seconds
+from fgtp_pass.cost.hardware import Hardware
+from fgtp_pass.cost.shape import component_shapes
+from fgtp_pass.plan import Plan
+
+WORLD, COMPONENTS = decode_step.WORLD, decode_step.COMPONENTS
+VARIANTS = {name: (name,) for name in COMPONENTS} | {"all": COMPONENTS}
+
+
+@torch.no_grad()
+def rank_main(
+    shape: dict[str, int], counts: list[int], repetitions: int, at_realtime: bool, gemm: str
+) -> dict[str, Any]:
+    """On every rank: the calibration, the plan of all components, times by count and variant."""
+    torch._inductor.config.compile_threads = 1
+    if gemm == "onednn":
+        torch._inductor.config.post_grad_custom_post_pass = decode_step.OneDnn()
+    warnings.filterwarnings("ignore")
+    group = data_parallel_group(None, timedelta(seconds=300))
+    profile = measure(group, torch.device("cpu"), [torch.float32], decode_step.linear)
+    whole, cut = (decode_step.build(shape, torch.float32) for _ in range(2))
+    others = _linear_elements(whole)
+    plans: dict[str, Plan] = {}
+    results = []
+    for count in counts:
+        torch._dynamo.reset()
+        generator = torch.Generator().manual_seed(100 + dist.get_rank())
+        ids = torch.randint(0, shape["vocab_size"], (count, 1), generator=generator)
+        plain = decode_step.decoder(torch.compile(whole, dynamic=False), whole.config, ids)
+        want = plain()
+        for name, components in VARIANTS.items():
+            config = {f"{component}_tensor_parallel_size": WORLD for component in components}
+            options = {"finegrained_tp_config": config, "check_tokens": False}
+            fast = torch.compile(
+                cut, backend=fgtp_pass.fgtp_backend, options=options, dynamic=False
+            )
+            step = decode_step.decoder(fast, cut.config, ids)
+            error = decode_step.difference(step(), want)
+            assert error < decode_step.TOLERANCE["float32"], f"logits differ by {error}"
+            plan = fgtp_pass.applied_plan(cut)
+            assert plan is not None
+            plans[name] = plan
+            pair = {"dp": plain, "pass": step}
+            times = interleave(pair, repetitions, 3, dist.barrier, at_realtime)
+            results.append({"tokens": count, "variant": name, "times": times})
+            fgtp_pass.unshard(cut)
+    return {
+        "hardware": profile.model_dump_json(),
+        "plan": plans["all"].to_json(),
+        "linears": others - sum(w.numel() for w in _cut_linears(cut, plans["all"])),
+        "results": results,
+    }
+
+
+def _linear_elements(model: torch.nn.Module) -> int:
+    """Elements of all matmul weights: of every matrix but the token table."""
+    return sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
+    )
+
+
+def _cut_linears(model: torch.nn.Module, plan: Plan) -> list[torch.Tensor]:
+    linears = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    return [linears[fqn] for fqn in plan.cuts() if fqn in linears]
+
+
+def compare(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Predicted and measured milliseconds by token count and variant."""
+    first = per_rank[0]
+    hardware = Hardware.model_validate_json(first["hardware"])
+    shapes = component_shapes(Plan.from_json(first["plan"]), "float32")
+    cluster = Cluster(hardware, WORLD, WORLD)
+    compared = []
+    for together in zip(*(one["results"] for one in per_rank), strict=True):
+        tokens, variant = together[0]["tokens"], together[0]["variant"]
+        times = slower_rank([one["times"] for one in together])
+        differences = [a - b for a, b in zip(times["pass"], times["dp"], strict=True)]
+        sizes = dict.fromkeys(VARIANTS[variant], WORLD)
+        predicted = {
+            name: 1e3 * step_seconds(shapes, first["linears"], cluster, chosen, tokens)
+            for name, chosen in (("dp", {}), ("pass", sizes))
+        }
+        measured = {name: spread(values) for name, values in times.items()}
+        change = spread(differences)
+        predicted_change = predicted["pass"] - predicted["dp"]
+        certain = not change["p10"] <= 0 <= change["p90"]
+        compared.append(
+            {
+                "tokens_per_rank": tokens,
+                "variant": variant,
+                "measured_ms": measured,
+                "measured_change_ms": change,
+                "predicted_ms": {name: round(value, 3) for name, value in predicted.items()},
+                "predicted_change_ms": round(predicted_change, 3),
+                "certain": certain,
+                "agrees": predicted_change * change["median"] > 0 if certain else None,
+                "error": round(
+                    abs(predicted["pass"] / measured["pass"]["median"] - 1),
+                    3,
+                ),
+            }
+        )
+    return compared
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--tokens", type=integers, default=[1, 2, 4, 8, 16, 32])
+    arguments.add_argument("--repetitions", type=int, default=24)
+    arguments.add_argument("--gemm", choices=("onednn", "default"), default="onednn")
+    add_realtime(arguments)
+    arguments.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark")
+    given = arguments.parse_args()
+    at = machine()
+    shape = decode_step.TINY if given.tiny else decode_step.SHAPE
+    per_rank = run_ranks(
+        WORLD, rank_main, shape, given.tokens, given.repetitions, given.realtime, given.gemm
+    )
+    compared = compare(per_rank)
+    verdicts = [one["agrees"] for one in compared if one["certain"]]
+    summary = {
+        "median_error_of_step": statistics.median(one["error"] for one in compared),
+        "changes_beyond_their_spread": len(verdicts),
+        "of_these_signs_agree": sum(verdicts),
+    }
+    word = {True: "yes", False: "NO", None: "within spread"}
+    report(
+        "A decode step, fp32, ms of the slower rank: predicted against measured",
+        ["tokens/rank", "sharded", "dp", "predicted", "pass", "predicted", "change [p10-p90]",
+         "predicted", "agrees", "error"],
+        [
+            [
+                one["tokens_per_rank"],
+                one["variant"],
+                one["measured_ms"]["dp"]["median"],
+                one["predicted_ms"]["dp"],
+                one["measured_ms"]["pass"]["median"],
+                one["predicted_ms"]["pass"],
+                "{median:+.1f} [{p10:+.1f} {p90:+.1f}]".format(**one["measured_change_ms"]),
+                f"{one['predicted_change_ms']:+.1f}",
+                word[one["agrees"]],
+                f"{one['error']:.0%}",
+            ]
+            for one in compared
+        ],
+        {
+            "benchmark": "predicted_vs_measured",
+            "machine": at | {"realtime": given.realtime},
+            "model": shape,
+            "gemm": given.gemm,
+            "calibration": Hardware.model_validate_json(per_rank[0]["hardware"]).model_dump(),
+            "summary": summary,
+            "results": compared,
+        },
+        given.output,
+    )  # fmt: skip
+    print(
+        f"median error of the step {summary['median_error_of_step']:.0%}; signs agree in "
+        f"{summary['of_these_signs_agree']} of {summary['changes_beyond_their_spread']} changes "
+        "beyond their spread"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+""" "auto" in the backend: sizes that the cost model favours, the same on all ranks."""
+
+import hashlib
+import json
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from fgtp_pass.agreement import Act, Council
+from fgtp_pass.collectives import DataParallelGroup, hostname
+from fgtp_pass.config import MEASURE, Options
+from fgtp_pass.cost.advice import choose_sizes
+from fgtp_pass.cost.calibrate import measure
+from fgtp_pass.cost.estimate import Cluster
+from fgtp_pass.cost.hardware import Hardware, detect, load
+from fgtp_pass.cost.shape import component_shapes
+from fgtp_pass.detect import Detection
+from fgtp_pass.errors import AgreementError
+from fgtp_pass.models import cache_folder
+from fgtp_pass.ops import value_of
+from fgtp_pass.plan import ChosenSize
+from fgtp_pass.planner import plan_graph
+from fgtp_pass.sizes import AUTO
+
+log = logging.getLogger("fgtp_pass")
+
+
+class SizeChooser:
+    """The sizes in force for a data-parallel group.
+
+    sizes: by component; 1 for off, and for "auto" until it is chosen. chosen: what the cost model
+    chose. Without a declared decode batch or objective "auto" is the largest size within a host,
+    known at once; with one, a component's size is chosen when a graph first shows it.
+    """
+
+    def __init__(
+        self, options: Options, group: DataParallelGroup, council: Council, ranks_on_host: int
+    ):
+        self._options = options
+        self._group = group
+        self._council = council
+        self._ranks_on_host = ranks_on_host
+        self._hardware: Hardware | None = None
+        self._by_cost = options.decode_batch is not None or options.objective is not None
+        auto: dict[str, int] | None = {} if self._by_cost else None
+        self.sizes = options.sizes.resolve(group.size, ranks_on_host, auto)
+        self.chosen: dict[str, ChosenSize] = {}
+
+    def see(self, detection: Detection) -> None:
+        """Choose sizes for the components that no graph has shown before.
+
+        Collective: all ranks compile the same graphs, and take what rank 0 chooses. Raises
+        AgreementError where they do not see the same components.
+        """
+        if not self._by_cost:
+            return
+        asked = self._options.sizes.by_component
+        auto = {match.component for match in detection.matches if asked[match.component] == AUTO}
+        new = sorted(auto - self.chosen.keys())
+        leads = self._group.rank == 0
+        if leads and new and self._hardware is None:
+            self._hardware = self._known_hardware(_weight_of(detection))
+        words = {"components": new, "measure": bool(new) and self._hardware is None}
+        cards = self._council.meet(Act.SHARD, words=words)
+        _check_same_components([card.words for card in cards])
+        if not new:
+            return
+        if cards[0].words["measure"]:
+            self._measure(_weight_of(detection))
+        choices = self._choose(detection, new) if leads else []
+        cards = self._council.meet(Act.SHARD, words=[c.model_dump() for c in choices])
+        for choice in map(ChosenSize.model_validate, cards[0].words):
+            self.chosen[choice.component] = choice
+            self.sizes[choice.component] = choice.size
+
+    def _choose(self, detection: Detection, components: list[str]) -> list[ChosenSize]:
+        assert self._hardware is not None
+        plan = plan_graph(detection, dict.fromkeys(components, 2), self._group.size).plan
+        choice = choose_sizes(
+            component_shapes(plan, str(_weight_of(detection).dtype).removeprefix("torch.")),
+            Cluster(self._hardware, self._group.size, self._ranks_on_host),
+            self._options.decode_batch or 1,  # only the objective "memory" goes without
+            self._options.objective or "balanced",
+        )
+        for name, size in choice.sizes.items():
+            said = f"{size if size > 1 else 'off'}, {choice.reasons[name]}"
+            log.info("auto: %s: %s (on %s)", name, said, self._hardware.title)
+        return [
+            ChosenSize(component=name, size=size, reason=choice.reasons[name])
+            for name, size in choice.sizes.items()
+        ]
+
+    # hardware ---------------------------------------------------------------------------------
+
+    def _known_hardware(self, weight: torch.Tensor) -> Hardware | None:
+        """The profile asked for, the detected device's, or what was measured here before."""
+        asked = self._options.hardware
+        if asked is not None:
+            return None if asked == MEASURE else load(asked)
+        if weight.device.type == "cuda":
+            detected = detect(torch.cuda.get_device_name(weight.device))
+            if detected is not None:
+                return detected
+        path = self._kept_at(weight)
+        try:
+            kept = Hardware.model_validate_json(path.read_text())
+        except (OSError, ValidationError):
+            return None
+        assert kept.calibration is not None
+        age = datetime.now(UTC) - datetime.fromisoformat(kept.calibration.measured_at)
+        log.info("auto: measured %s ago (%s); hardware=%r measures again", age, path, MEASURE)
+        return kept
+
+    def _measure(self, weight: torch.Tensor) -> None:
+        """Measure with all ranks of the group; rank 0 keeps the result for next time."""
+        if self._group.rank == 0:
+            log.info("auto: measuring the machine, which takes some seconds")
+        self._hardware = measure(self._group, weight.device, [weight.dtype])
+        if self._group.rank == 0:
+            path = self._kept_at(weight)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(self._hardware.model_dump_json())
+            except OSError as error:
+                log.warning("auto: the measurement is not kept for next time: %s", error)
+
+    def _kept_at(self, weight: torch.Tensor) -> Path:
+        """One file per machine, number of ranks, device, dtype, threads and version of torch."""
+        machine = [hostname(), self._group.size, self._ranks_on_host, torch.get_num_threads()]
+        kind = [weight.device.type, str(weight.dtype), torch.__version__]
+        key = hashlib.sha256(json.dumps([*machine, *kind]).encode()).hexdigest()[:16]
+        return cache_folder() / f"calibration-{key}.json"
+
+
+def _weight_of(detection: Detection) -> torch.Tensor:
+    """Stands for the model's weights: their device and dtype."""
+    weight: torch.Tensor = value_of(detection.matches[0].parameters[0])
+    return weight
+
+
+def _check_same_components(said: list[dict[str, list[str]]]) -> None:
+    if any(words["components"] != said[0]["components"] for words in said):
+        listed = ", ".join(f"rank {rank}: {words['components']}" for rank, words in enumerate(said))
+        raise AgreementError(
+            f"the data-parallel ranks see different components ({listed}). "
+            "They must run the same model with the same options and libraries."
+        )

@@ -1,0 +1,175 @@
+"""Models to plan: from a name, a checkpoint folder or a config.json to sites, without weights.
+
+The model is built on the meta device and traced with one layer of each distinct kind; the sites of
+that layer then stand for those of all layers like it. What was found is kept on disk.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fgtp_pass.plan import Plan, itemsize
+from fgtp_pass.sizes import config_error, unknown
+
+_FORMAT = 1  # of `ModelSummary` on disk
+
+
+class ComponentKey(BaseModel):
+    """A component and its keys in `finegrained_tp_config`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    component: str
+    config_key: str
+    aliases: tuple[str, ...]
+
+
+class ModelSummary(BaseModel):
+    """All that planning needs to know of a model.
+
+    dtype: of its parameters. layers: decoder layers. kv_width: elements that attention caches per
+    token and layer. latent: whether these are one latent for all heads (MLA), which cannot be cut
+    by heads. kv_heads, attention_heads: what tensor parallelism cuts. plan: the sites of all its
+    components (at two ranks; the size does not matter to costs). experts, others: elements of
+    routed experts' weights, and of every other parameter that no component has; linears: how many
+    of the others' are matmul weights. quantization: the scheme that the
+    config declares, which the cost model may not know, or None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    architecture: str
+    dtype: str
+    layers: int
+    attention_heads: int
+    kv_heads: int
+    kv_width: int
+    latent: bool
+    quantization: str | None
+    experts: int
+    linears: int
+    others: int
+    keys: tuple[ComponentKey, ...]
+    plan: Plan
+
+    def kv_bytes_per_token(self, tensor_parallel_size: int = 1) -> float:
+        """Bytes of KV cache that one device holds per token, in the model's dtype.
+
+        Heads are cut by tensor parallelism, as far as there are KV heads; a latent is not.
+        """
+        cut = 1 if self.latent else min(tensor_parallel_size, self.kv_heads)
+        return self.layers * self.kv_width * itemsize(self.dtype) / cut
+
+
+# names ------------------------------------------------------------------------------------------
+
+
+@cache
+def shipped() -> Mapping[str, Path]:
+    """The configs that come with the package, by their Hugging Face name."""
+    folder = Path(str(files("fgtp_pass") / "configs"))
+    return {path.stem.replace("--", "/"): path for path in sorted(folder.glob("*.json"))}
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The config of a Hugging Face name, a checkpoint folder or a config.json.
+
+    Names of `shipped` configs need no network. Raises ConfigError for anything that has none.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise config_error(f"the folder {model} has no config.json")
+    elif not path.is_file():
+        if path.suffix == ".json":
+            raise config_error(f"there is no file {model}")
+        path = shipped().get(model) or _download(model)
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise config_error(f"{path} is not a config.json: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise config_error(f"{path} is not a model's config.json: it has no model_type")
+    return config
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise needs_extra("cli", "Hugging Face names") from None
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # many classes, for one outcome
+        known = unknown("model", name, list(shipped()), "what comes with fgtp_pass")
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise config_error(
+            f"{known} A folder or a config.json works too. (Hugging Face: {first})"
+        ) from None
+
+
+def needs_extra(extra: str, what: str) -> Exception:
+    return config_error(f"{what} need the extra {extra!r}: pip install 'fgtp-pass[{extra}]'")
+
+
+# cache ------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where summaries and calibrations are kept: $FGTP_CACHE_DIR, or the user's cache folder."""
+    given = os.environ.get("FGTP_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(given) if given else Path(base) / "fgtp_pass"
+
+
+def summarize(model: str, progress: Callable[[str], None] = lambda _: None) -> ModelSummary:
+    """The summary of a model, from disk if this config was traced before with these versions.
+
+    progress: is told what is being done. Raises ConfigError for a config that transformers cannot
+    build, or whose graph has no component.
+    """
+    config = read_config(model)
+    at = cache_folder() / f"model-{_key(config)}.json"
+    try:
+        return ModelSummary.model_validate_json(at.read_text()).model_copy(update={"name": model})
+    except (OSError, ValidationError):
+        pass
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise needs_extra("cli", "models that were not traced before") from None
+    from fgtp_pass.tracing import trace_summary
+
+    summary = trace_summary(model, config, progress)
+    try:
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.write_text(summary.model_dump_json())
+    except OSError as error:
+        progress(f"not kept for next time: {error}")
+    return summary
+
+
+def _key(config: Mapping[str, Any]) -> str:
+    """Changes with the config and with everything that reads it."""
+    versions = [_version(name) for name in ("fgtp-pass", "torch", "transformers")]
+    sources = sorted(Path(__file__).parent.glob("**/*.py"))
+    stamp = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sources]
+    text = json.dumps([_FORMAT, config, versions, stamp], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,264 @@
+"""The command line: what it prints, and that what a user gets wrong is one sentence."""
+
+import json
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zoo
+
+from fgtp_pass import cli
+from fgtp_pass.cost.hardware import Hardware, load, profiles
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FGTP_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cli-cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(zoo.config("deepseek_v3").to_dict() | {"dtype": "float32"}))
+    return str(path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Status, stdout and stderr of `fgtp *words`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fgtp", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    code = ended.value.code
+    if isinstance(code, str):  # what Python prints before it ends with status 1
+        return 1, capsys.readouterr().out, code
+    out, err = capsys.readouterr()
+    return int(code or 0), out, err
+
+
+def test_plan_prints_a_table_and_last_the_command(
+    capsys: pytest.CaptureFixture[str], config: str
+) -> None:
+    status, out, _ = run(capsys, "plan", config, "--hardware", "h200", "--sizes", "8")
+    assert status == 0
+    for word in ("embedding", "oproj", "mlp", "lmhead", "total", "Memory of a rank", "MindIE"):
+        assert word in out
+    last = out.rstrip().splitlines()[-1]
+    assert last.startswith(f"vllm serve {config} --data-parallel-size 8 --enable-expert-parallel")
+    assert '"oproj_tensor_parallel_size": 8' in last
+    assert "attention: data parallel" in out
+
+
+def test_plan_as_json(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    words = ("plan", config, "--hardware", "h200", "--json", "--objective", "memory")
+    status, out, _ = run(capsys, *words, "--auto", "--data-parallel-size", "4")
+    assert status == 0
+    report: dict[str, Any] = json.loads(out)
+    assert set(report) == {"components", "totals", "recommended"}
+    assert set(report["components"]) == {"embedding", "oproj", "mlp", "lmhead"}
+    for row in report["components"].values():
+        assert set(row) == {
+            "sites",
+            "weight_bytes",
+            "bytes_saved_per_rank",
+            "bytes_moved_per_step",
+            "messages_per_step",
+            "tpot_change_ms",
+            "pays_at_tokens_per_rank",
+        }
+    assert report["recommended"]["sizes"] == dict.fromkeys(report["components"], 4)
+    saved = sum(row["bytes_saved_per_rank"] for row in report["components"].values())
+    assert report["totals"]["bytes_saved_per_rank"] == saved
+    memory = report["totals"]["memory_per_rank"]
+    assert memory["weight_bytes_whole"] - memory["weight_bytes"] == pytest.approx(saved, abs=2)
+
+
+def test_weights_of_a_rank_are_the_models(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    """One rank, nothing quantised: all parameters, counted by torch."""
+    model = zoo.build("deepseek_v3", device="meta")
+    words = ("plan", config, "--hardware", "h200", "--json", "--data-parallel-size", "1")
+    _, out, _ = run(capsys, *words, "--quantization", "none")
+    memory = json.loads(out)["totals"]["memory_per_rank"]
+    assert memory["weight_bytes"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_quantization_leaves_vocabulary_weights(
+    capsys: pytest.CaptureFixture[str], config: str
+) -> None:
+    words = ("plan", config, "--hardware", "h200", "--json", "--sizes", "8")
+    whole = json.loads(run(capsys, *words, "--quantization", "none")[1])["components"]
+    small = json.loads(run(capsys, *words, "--quantization", "w4a16")[1])["components"]
+    for name, row in whole.items():
+        if name in ("embedding", "lmhead"):
+            assert small[name]["weight_bytes"] == row["weight_bytes"]
+        else:
+            assert small[name]["weight_bytes"] < row["weight_bytes"] / 3
+
+
+def test_explain(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    status, out, _ = run(capsys, "explain", config, "--layer", "2")
+    assert status == 0
+    assert "model.layers.2.self_attn.o_proj.weight" in out
+    assert "x W[" in out  # the path, with its brackets
+    assert "a router: experts or tokens are chosen from its result" in out
+    assert "all_to_all_single" in out[out.index("\nafter") :]
+    assert "all_to_all_single" not in out[: out.index("\nafter")]
+    assert "model.layers.0" not in out
+
+
+def test_hardware(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "hardware")
+    assert status == 0
+    for name in profiles():
+        assert name in out
+    _, out, _ = run(capsys, "hardware", "h100-sxm")
+    assert "data sheet" in out
+    _, out, _ = run(capsys, "hardware", "--json")
+    assert len(json.loads(out)) == len(profiles())
+
+
+@pytest.mark.parametrize("name", list(profiles()))
+def test_every_constant_has_a_source(name: str) -> None:
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            if any(isinstance(number, float) for number in value.values()):
+                assert len(value["source"]) > 10
+            for inner in value.values():
+                check(inner)
+
+    assert load(name).name == name
+    check(load(name).model_dump())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("plan", "deepseek-ai/DeepSeek-R2", "--hardware", "h200"), "'deepseek-ai/DeepSeek-R1'?"),
+        (("plan", "nowhere/config.json", "--hardware", "h200"), "there is no file"),
+        (("plan", ".", "--hardware", "h200"), "has no config.json"),
+        (("plan", "CONFIG", "--hardware", "h2000"), "Did you mean 'h200'?"),
+        (("plan", "CONFIG", "--hardware", "h200,a100-80g"), "mixed devices"),
+        (("plan", "CONFIG", "--hardware", "h200", "--sizes", "3"), "does not divide"),
+        (("plan", "CONFIG", "--hardware", "h200", "--sizes", "16"), "does not divide"),
+        (("plan", "CONFIG", "--hardware", "h200", "--sizes", "opproj=8"), "'oproj'?"),
+        (("plan", "CONFIG", "--hardware", "h200", "--sizes", "8", "--auto"), "give one of them"),
+        (("plan", "CONFIG", "--hardware", "h200", "--objective", "memry"), "'memory'?"),
+        (("plan", "CONFIG", "--hardware", "h200", "--quantization", "w8"), "'w8a8'?"),
+        (("explain", "CONFIG", "--layer", "99"), "the model has 3, from 0 on"),
+        (("hardware", "tpu"), "unknown hardware 'tpu'"),
+        (("calibrate", "--output", "x.toml", "--dtypes", "float33"), "no dtype 'float33'"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], config: str, words: tuple[str, ...], said: str
+) -> None:
+    status, out, err = run(capsys, *(config if word == "CONFIG" else word for word in words))
+    assert status == 1
+    assert said in err
+    assert err.startswith("fgtp: ")
+    assert "Traceback" not in out + err
+    assert "\n" not in err.strip()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not a config.json"),
+        ("{}", "has no model_type"),
+        ('{"model_type": "unheard-of"}', "knows no model_type 'unheard-of'"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "cannot build this config"),
+        ('{"model_type": "t5"}', "cannot build this config"),
+    ],
+)
+def test_bad_configs_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, said: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    status, _, err = run(capsys, "plan", str(path), "--hardware", "h200")
+    assert status == 1
+    assert said in err
+    assert "\n" not in err.strip()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("name = ", "is not a TOML file"), ('name = "x"\nspeed = 1', "is not a hardware profile")],
+)
+def test_bad_profiles_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, said: str
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(content)
+    status, _, err = run(capsys, "hardware", str(path))
+    assert status == 1
+    assert said in err
+
+
+def python(program: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, **keywords
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "words", "extra"),
+    [
+        ("typer", ["--help"], "cli"),
+        ("rich", ["--help"], "cli"),
+        ("transformers", ["plan", "Qwen/Qwen3-32B", "--hardware", "h200"], "cli"),
+        ("tomli_w", ["calibrate", "--output", "x.toml"], "cli"),
+    ],
+)
+def test_missing_packages_name_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, words: list[str], extra: str
+) -> None:
+    monkeypatch.setenv("FGTP_CACHE_DIR", str(tmp_path))
+    done = python(
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['fgtp', *{words!r}]\n"
+        "from fgtp_pass.cli import main; main()"
+    )
+    assert done.returncode == 1
+    assert f"fgtp-pass[{extra}]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_instant_and_needs_no_torch() -> None:
+    program = (
+        "import sys; sys.argv = ['fgtp', '--help']\n"
+        "from fgtp_pass.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'sympy' not in sys.modules"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = python(program)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "plan" in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_calibrate_writes_a_profile_that_plan_reads(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str
+) -> None:
+    path = tmp_path / "mine.toml"
+    words = ("calibrate", "--world", "2", "--output", str(path), "--dtypes", "float32")
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    assert "largest spread" in out
+    profile = Hardware.model_validate(tomllib.loads(path.read_text()))
+    assert profile.calibration is not None
+    assert profile.calibration.world == (2,)
+    assert len(profile.calibration.spread) == 7 + 9
+    assert 1e8 < profile.memory_bandwidth.value < 1e13
+    words = ("plan", config, "--hardware", str(path), "--data-parallel-size", "2", "--json")
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    assert json.loads(out)["components"]["oproj"]["sites"] == 3
