@@ -37,9 +37,15 @@ class SizeChooser:
     """
 
     def __init__(
-        self, options: Options, group: DataParallelGroup, council: Council, ranks_on_host: int
+        self,
+        options: Options,
+        group: DataParallelGroup,
+        council: Council,
+        ranks_on_host: int,
+        device: torch.device | None = None,
     ):
         self._options = options
+        self._device = device  # of the weights; None for that of a graph's own
         self._group = group
         self._council = council
         self._ranks_on_host = ranks_on_host
@@ -62,14 +68,14 @@ class SizeChooser:
         new = sorted(auto - self.chosen.keys())
         leads = self._group.rank == 0
         if leads and new and self._hardware is None:
-            self._hardware = self._known_hardware(_weight_of(detection))
+            self._hardware = self._known_hardware(self._weight_of(detection))
         words = {"components": new, "measure": bool(new) and self._hardware is None}
         cards = self._council.meet(Act.SHARD, words=words)
         _check_same_components([card.words for card in cards])
         if not new:
             return
         if cards[0].words["measure"]:
-            self._measure(_weight_of(detection))
+            self._measure(self._weight_of(detection))
         choices = self._choose(detection, new) if leads else []
         cards = self._council.meet(Act.SHARD, words=[c.model_dump() for c in choices])
         for choice in map(ChosenSize.model_validate, cards[0].words):
@@ -80,7 +86,7 @@ class SizeChooser:
         assert self._hardware is not None
         plan = plan_graph(detection, dict.fromkeys(components, 2), self._group.size).plan
         choice = choose_sizes(
-            component_shapes(plan, str(_weight_of(detection).dtype).removeprefix("torch.")),
+            component_shapes(plan, str(self._weight_of(detection).dtype).removeprefix("torch.")),
             Cluster(self._hardware, self._group.size, self._ranks_on_host),
             self._options.decode_batch or 1,  # only the objective "memory" goes without
             self._options.objective or "balanced",
@@ -92,6 +98,11 @@ class SizeChooser:
             ChosenSize(component=name, size=size, reason=choice.reasons[name])
             for name, size in choice.sizes.items()
         ]
+
+    def _weight_of(self, detection: Detection) -> torch.Tensor:
+        """Stands for the model's weights: their device and dtype."""
+        weight: torch.Tensor = value_of(detection.matches[0].parameters[0])
+        return weight if self._device is None else weight.new_empty(0, device=self._device)
 
     # hardware ---------------------------------------------------------------------------------
 
@@ -133,12 +144,6 @@ class SizeChooser:
         kind = [weight.device.type, str(weight.dtype), torch.__version__]
         key = hashlib.sha256(json.dumps([*machine, *kind]).encode()).hexdigest()[:16]
         return cache_folder() / f"calibration-{key}.json"
-
-
-def _weight_of(detection: Detection) -> torch.Tensor:
-    """Stands for the model's weights: their device and dtype."""
-    weight: torch.Tensor = value_of(detection.matches[0].parameters[0])
-    return weight
 
 
 def _check_same_components(said: list[dict[str, list[str]]]) -> None:

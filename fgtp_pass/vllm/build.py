@@ -10,6 +10,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed.parallel_state import get_dp_group
 
 from fgtp_pass.agreement import Act, ranks_on_smallest_host, telling, wide_council
+from fgtp_pass.auto import SizeChooser
 from fgtp_pass.collectives import DataParallelGroup, data_parallel_group
 from fgtp_pass.errors import FgtpError
 from fgtp_pass.plan import Plan, format_bytes
@@ -17,7 +18,7 @@ from fgtp_pass.versions import library_versions
 from fgtp_pass.vllm import host
 from fgtp_pass.vllm.layers import LAYER_CLASSES, register
 from fgtp_pass.vllm.logits import Exchange, ShardedLogitsProcessor
-from fgtp_pass.vllm.settings import check_engine, read_settings
+from fgtp_pass.vllm.settings import check_engine, read_options
 from fgtp_pass.vllm.sites import Construction, constructing, plan_model
 
 log = logging.getLogger("vllm.fgtp_pass")
@@ -34,24 +35,26 @@ def build_model(
 
     Draft models are built as they are. The model carries its `Plan` as `fgtp_plan`.
     """
-    settings = read_settings(vllm_config.compilation_config, vllm_config.additional_config)
-    if settings is None or model_config is not vllm_config.model_config:
+    options = read_options(vllm_config.compilation_config, vllm_config.additional_config)
+    if options is None or model_config is not vllm_config.model_config:
         return stock(loader, vllm_config, model_config, prefix)
     host.check_host()
     check_engine(vllm_config)
     register({**LAYER_CLASSES, "LogitsProcessor": ShardedLogitsProcessor})
     coordinator = get_dp_group()
     group = data_parallel_group(
-        coordinator.device_group, timedelta(seconds=settings.timeout_seconds)
+        coordinator.device_group, timedelta(seconds=options.timeout_seconds)
     )
     council = wide_council(group)
     with telling(council):
-        sizes = settings.sizes.resolve(group.size, ranks_on_smallest_host(group))
-        plan, roles = plan_model(vllm_config, settings.sizes, sizes, group.size)
+        chooser = SizeChooser(
+            options, group, council, ranks_on_smallest_host(group), coordinator.device
+        )
+        plan, roles = plan_model(vllm_config, options, chooser, group.size)
     council.meet_equal(
         {"plan": plan.fingerprint, "vllm": host.vllm_version(), **library_versions()}
     )
-    groups = {size: group.component_group(size) for size in sorted({*sizes.values()} - {1})}
+    groups = {size: group.component_group(size) for size in sorted({*chooser.sizes.values()} - {1})}
     construction = Construction(roles, groups)
     with telling(council), constructing(construction):
         model = stock(loader, vllm_config, model_config, prefix)

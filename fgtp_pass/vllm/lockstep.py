@@ -14,7 +14,7 @@ from vllm.config import ModelConfig
 from vllm.v1.worker import dp_utils
 from vllm.v1.worker.gpu import dp_utils as v2_dp_utils
 
-from fgtp_pass.vllm.settings import read_settings
+from fgtp_pass.vllm.settings import read_options
 
 
 class InStepModelConfig(ModelConfig):  # type: ignore[misc]
@@ -31,7 +31,7 @@ class InStepModelConfig(ModelConfig):  # type: ignore[misc]
 def create_model_config(stock: Any, self: Any) -> ModelConfig:
     """What `EngineArgs.create_model_config` does, in step if the pass is asked for."""
     config: ModelConfig = stock(self)
-    if read_settings(self.compilation_config, self.additional_config) is None or config.is_moe:
+    if read_options(self.compilation_config, self.additional_config) is None or config.is_moe:
         return config
     config.__class__ = InStepModelConfig
     return config

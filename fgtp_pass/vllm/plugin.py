@@ -7,9 +7,18 @@ import sys
 from dataclasses import field
 from typing import Any
 
-from fgtp_pass.vllm.settings import check_engine, check_passes, read_settings
+from fgtp_pass.sizes import nearest_hint
 
+PASS = "fgtp"
 _COMPILATION = "vllm.config.compilation"
+
+
+def check_passes(passes: list[str]) -> list[str]:
+    """Raise ValueError for a name in `CompilationConfig.passes` that is no pass of ours."""
+    for name in passes:
+        if name != PASS:
+            raise ValueError(f"unknown pass {name!r} in passes.{nearest_hint(name, [PASS])}")
+    return passes
 
 
 def add_passes_field() -> None:
@@ -106,13 +115,16 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
 
 
 def _create_engine_config(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if read_settings(self.compilation_config, self.additional_config) is None:
+    from fgtp_pass.vllm import settings
+
+    if settings.read_options(self.compilation_config, self.additional_config) is None:
+        settings.warn_of_unused(self.additional_config)
         return stock(self, *args, **kwargs)
     from fgtp_pass.vllm import host, worker
 
     host.check_host()
     config = stock(self, *args, **kwargs)
-    check_engine(config)
+    settings.check_engine(config)
     worker.use_sharded_worker(config.parallel_config)
     return config
 
@@ -130,7 +142,7 @@ def _create_model(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _init_backend(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
     backend = stock(self, vllm_config, *args, **kwargs)
-    if read_settings(self, vllm_config.additional_config) is None:
+    if PASS not in self.passes:
         return backend
     from fgtp_pass.vllm.graph import with_pass
 

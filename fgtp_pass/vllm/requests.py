@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from fgtp_pass.vllm.settings import read_settings
+from fgtp_pass.vllm.settings import read_options
 
 
 def process_inputs(
@@ -16,8 +16,8 @@ def process_inputs(
     only the rank of the request would compute these, and the others hold parts of the lm_head.
     """
     config = self.vllm_config
-    settings = read_settings(config.compilation_config, config.additional_config)
-    if settings is not None and settings.sizes.by_component["lmhead"] != 1:
+    options = read_options(config.compilation_config, config.additional_config)
+    if options is not None and options.sizes.by_component["lmhead"] != 1:
         for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
             if getattr(params, name, None) is not None:
                 raise VLLMValidationError(

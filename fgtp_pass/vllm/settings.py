@@ -2,52 +2,32 @@
 
 import difflib
 import logging
-from dataclasses import dataclass
 from typing import Any
 
-from fgtp_pass.config import parse_sizes
+from fgtp_pass.config import Options, parse_options
 from fgtp_pass.errors import ConfigError
 from fgtp_pass.patterns import BUILTIN
-from fgtp_pass.sizes import COMPONENT_SIZES, ComponentSizes, nearest_hint
+from fgtp_pass.sizes import COMPONENT_SIZES, nearest_hint
+from fgtp_pass.vllm.plugin import PASS
 
 log = logging.getLogger("vllm.fgtp_pass")
 
-PASS = "fgtp"
-TIMEOUT = "fgtp_timeout_seconds"
-_DEFAULT_TIMEOUT = 300.0  # vLLM's own limit for one step (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+OPTIONS = "fgtp_options"
+_OPTIONS = ("decode_batch", "objective", "hardware", "allow_missing", "timeout_seconds")
+_TIMEOUT_SECONDS = 300.0  # vLLM's own limit for one step (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
 
 
-def check_passes(passes: list[str]) -> list[str]:
-    """Raise ValueError for a name in `CompilationConfig.passes` that is no pass of ours."""
-    for name in passes:
-        if name != PASS:
-            raise ValueError(f"unknown pass {name!r} in passes.{nearest_hint(name, [PASS])}")
-    return passes
+def read_options(compilation: Any, additional: Any) -> Options | None:
+    """The pass's options in a `CompilationConfig` and an `additional_config`; None without it.
 
-
-@dataclass(frozen=True)
-class Settings:
-    """sizes: what was asked per component. timeout_seconds: how long a rank waits for its group."""
-
-    sizes: ComponentSizes
-    timeout_seconds: float
-
-
-def read_settings(compilation: Any, additional: Any) -> Settings | None:
-    """The settings of a `CompilationConfig` and an `additional_config`; None without the pass.
+    They are those of the `torch.compile` backend: `finegrained_tp_config`, and under
+    `fgtp_options` what else makes sense in vLLM.
 
     Raises ConfigError for unknown, misplaced or wrong values.
     """
     given = additional if isinstance(additional, dict) else {}
     requested = PASS in getattr(compilation, "passes", ())
     if not requested:
-        if COMPONENT_SIZES in given:
-            log.warning(
-                '%s is set, but compilation_config has no "passes": ["%s"], so fgtp_pass shards '
-                "nothing.",
-                COMPONENT_SIZES,
-                PASS,
-            )
         return None
     flat = sorted({key for p in BUILTIN for key in (p.config_key, *p.aliases)} & given.keys())
     if flat:
@@ -55,15 +35,30 @@ def read_settings(compilation: Any, additional: Any) -> Settings | None:
             f"{', '.join(flat)} stands directly in additional_config; component sizes belong one "
             f"level down: additional_config={{{COMPONENT_SIZES!r}: {{{flat[0]!r}: ...}}}}."
         )
-    known = [COMPONENT_SIZES, TIMEOUT]
+    known = [COMPONENT_SIZES, OPTIONS]
     for key in given:  # other plugins have keys of their own here
         if key not in known and difflib.get_close_matches(key, known, cutoff=0.7):
             hint = nearest_hint(key, known)
             raise ConfigError(f"unknown key {key!r} in additional_config.{hint}")
-    timeout = given.get(TIMEOUT, _DEFAULT_TIMEOUT)
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0:
-        raise ConfigError(f"{TIMEOUT} must be a positive number of seconds, not {timeout!r}.")
-    return Settings(parse_sizes(given.get(COMPONENT_SIZES)), float(timeout))
+    options = given.get(OPTIONS, {})
+    if not isinstance(options, dict):
+        raise ConfigError(f"{OPTIONS} must be a mapping, not {type(options).__name__}.")
+    for key in options:
+        if key not in _OPTIONS:
+            raise ConfigError(f"unknown option {key!r} in {OPTIONS}.{nearest_hint(key, _OPTIONS)}")
+    sizes = {COMPONENT_SIZES: given.get(COMPONENT_SIZES)}
+    return parse_options({"timeout_seconds": _TIMEOUT_SECONDS, **options, **sizes})
+
+
+def warn_of_unused(additional: Any) -> None:
+    """Say so where sizes are set and the pass is not: vLLM-Ascend would read them, we do not."""
+    if isinstance(additional, dict) and COMPONENT_SIZES in additional:
+        log.warning(
+            '%s is set, but compilation_config has no "passes": ["%s"], so fgtp_pass shards '
+            "nothing.",
+            COMPONENT_SIZES,
+            PASS,
+        )
 
 
 # drafters that have no layers of their own to run, and share none with the model

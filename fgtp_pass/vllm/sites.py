@@ -25,7 +25,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from fgtp_pass import dynamo
 from fgtp_pass.algebra import Cut
+from fgtp_pass.auto import SizeChooser
 from fgtp_pass.collectives import ComponentGroup
+from fgtp_pass.config import Options
 from fgtp_pass.dataflow import GraphView
 from fgtp_pass.detect import detect
 from fgtp_pass.errors import DetectionError
@@ -33,7 +35,6 @@ from fgtp_pass.pattern import Findings, LookupStage, Match, MatmulStage, Pattern
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan import Plan, WeightCut
 from fgtp_pass.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
-from fgtp_pass.sizes import ComponentSizes
 
 _TOKENS = 8  # any count that is no other size of the model; the trace is for all counts
 
@@ -86,8 +87,8 @@ def current_construction() -> Construction | None:
 
 def plan_model(
     config: VllmConfig,
-    sizes: ComponentSizes,
-    resolved: Mapping[str, int],
+    options: Options,
+    chooser: SizeChooser,
     data_parallel_size: int,
 ) -> tuple[Plan, Mapping[int, Role]]:
     """The plan of the model that `config` describes, and the role of each layer by its number.
@@ -113,9 +114,10 @@ def plan_model(
                 layer.cpu_linear = F.linear  # what loading weights would have set on a CPU
         stack.enter_context(mock.patch.object(MoERunner, "forward", _opaque_moe))
         stack.enter_context(set_forward_context(None, config, num_tokens=_TOKENS))
-        planned = _trace(model, resolved, data_parallel_size)
-    check_requested(planned.plan, sizes.requested, ())
-    return planned.plan, _roles(planned, model, construction)
+        planned = _trace(model, chooser, data_parallel_size)
+    plan = planned.plan.model_copy(update={"chosen": tuple(chooser.chosen.values())})
+    check_requested(plan, options.sizes.requested, options.allow_missing)
+    return plan, _roles(planned, model, construction)
 
 
 def _planning_config(config: VllmConfig) -> VllmConfig:
@@ -194,7 +196,7 @@ class _TracedError(Exception):
     """Ends the call that was only made to be traced."""
 
 
-def _trace(model: nn.Module, sizes: Mapping[str, int], data_parallel_size: int) -> PlannedGraph:
+def _trace(model: nn.Module, chooser: SizeChooser, data_parallel_size: int) -> PlannedGraph:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: list[PlannedGraph] = []
 
@@ -207,7 +209,8 @@ def _trace(model: nn.Module, sizes: Mapping[str, int], data_parallel_size: int) 
                 if id(old) in names
             }
             detection = detect(gm.graph, plain, _PATTERNS, named)
-            found.append(plan_graph(detection, sizes, data_parallel_size))
+            chooser.see(detection)
+            found.append(plan_graph(detection, chooser.sizes, data_parallel_size))
             raise _TracedError
 
         return run
