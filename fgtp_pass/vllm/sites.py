@@ -125,6 +125,8 @@ def _planning_config(config: VllmConfig) -> VllmConfig:
     config.compilation_config.mode = CompilationMode.NONE
     config.compilation_config.custom_ops = ["none"]
     config.compilation_config.static_forward_context = {}
+    config.parallel_config.enable_expert_parallel = False  # expert maps cannot be made without data
+    config.device_config.device = torch.device("meta")  # the Transformers backend asks for it
     return config
 
 

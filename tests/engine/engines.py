@@ -20,6 +20,7 @@ import psutil
 from ranks import Pool, free_port, serve_calls
 
 HERE = Path(__file__).parent
+CPU_MOE = HERE.parent.parent / "examples" / "cpu_moe_plugin"  # what vLLM's CPU build lacks
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
 # Dynamo and eager in the place of Inductor, one thread, no tcmalloc or libiomp
 ENVIRONMENT = {
@@ -243,7 +244,7 @@ class _Serve:
         with open(dump, "w") as dump_file:
             faulthandler.register(signal.SIGUSR1, file=dump_file, all_threads=True)
             os.environ |= {"FGTP_TEST_RANK": str(rank), "FGTP_TEST_PID": str(os.getpid())}
-            paths = [str(HERE), str(HERE.parent), self.folder]
+            paths = [str(path) for path in (HERE, HERE.parent, CPU_MOE, self.folder)]
             sys.path[:0] = paths
             os.environ["PYTHONPATH"] = os.pathsep.join(
                 [*paths, *filter(None, [os.environ.get("PYTHONPATH")])]

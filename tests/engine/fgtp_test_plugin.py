@@ -1,6 +1,4 @@
-"""Loaded in every vLLM process of a test: what the CPU build lacks for data-parallel MoE models,
-stacks on SIGUSR1, and the weights' bytes.
-"""
+"""Loaded in every vLLM process of a test: stacks on SIGUSR1, and the bytes of the weights."""
 
 import faulthandler
 import functools
@@ -9,24 +7,12 @@ import signal
 import sys
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 
 def install() -> None:
     """vLLM may call it more than once in a process."""
     if str(os.getpid()) != os.environ["FGTP_TEST_PID"]:  # that one has its own
         faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     _count_weights()
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-
-    CpuCommunicator.all_gatherv = all_gatherv
-    CpuCommunicator.reduce_scatterv = reduce_scatterv
-    try:
-        from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
-    except ImportError:
-        return
-    CPUMLABackend.forward_includes_kv_cache_update = False  # padded tokens have no slot
 
 
 def _count_weights() -> None:
@@ -34,7 +20,7 @@ def _count_weights() -> None:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     stock = DefaultModelLoader.load_weights
-    if hasattr(stock, "__wrapped__"):
+    if hasattr(stock, "fgtp_test"):
         return
 
     @functools.wraps(stock)
@@ -42,32 +28,5 @@ def _count_weights() -> None:
         stock(self, model, model_config)
         model.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
 
+    load_weights.fgtp_test = True  # type: ignore[attr-defined]
     DefaultModelLoader.load_weights = load_weights
-
-
-def all_gatherv(
-    self: Any, input_: Any, dim: int = 0, sizes: list[int] | None = None
-) -> torch.Tensor | list[torch.Tensor]:
-    if isinstance(input_, list):
-        return [all_gatherv(self, one, dim, sizes) for one in input_]
-    assert dim == 0
-    counts = sizes or [input_.shape[0]] * self.world_size
-    parts = [input_.new_empty(n, *input_.shape[1:]) for n in counts]
-    rows = max(counts)
-    padded = [input_.new_empty(rows, *input_.shape[1:]) for _ in counts]
-    mine = input_.new_zeros(rows, *input_.shape[1:])
-    mine[: input_.shape[0]] = input_
-    dist.all_gather(padded, mine, group=self.device_group)
-    for part, whole in zip(parts, padded, strict=True):
-        part.copy_(whole[: part.shape[0]])
-    return torch.cat(parts)
-
-
-def reduce_scatterv(
-    self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
-) -> torch.Tensor:
-    assert dim in (0, -input_.dim())
-    total = input_.clone()
-    dist.all_reduce(total, group=self.device_group)
-    counts = sizes or [input_.shape[0] // self.world_size] * self.world_size
-    return torch.split(total, counts)[self.rank_in_group].contiguous()
