@@ -30,15 +30,26 @@ class Checkpoint:
     saved: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> str:
-        model = zoo.build(self.name, **self.overrides)
-        model.save_pretrained(folder)
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those that the model has."""
+        return tuple(c for c, names in zoo.ARCHITECTURES[self.name].expected.items() if names)
+
+    def write(self, folder: Path, weights: bool = True) -> str:
+        """The checkpoint as transformers saves it, or only its configuration."""
+        if weights:
+            zoo.build(self.name, **self.overrides).save_pretrained(folder)
+        else:
+            config = zoo.config(self.name, **self.overrides)
+            config.architectures = [zoo.ARCHITECTURES[self.name].model_class.__name__]
+            config.save_pretrained(folder)
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | self.saved))
         return str(folder)
 
 
-_EXPERTS = {"enable_expert_parallel": True, "enforce_eager": True}
+_MHA: dict[str, Any] = _COMMON | {"num_key_value_heads": 4}
+_EXPERTS: dict[str, Any] = {"enable_expert_parallel": True, "enforce_eager": True}
 
 CHECKPOINTS: dict[str, Checkpoint] = {
     "llama": Checkpoint("llama", _GQA),
@@ -58,6 +69,38 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         saved={"topk_method": "noaux_tc"},
         options=_EXPERTS,
     ),
+}
+
+
+# vLLM's code of these needs data where planning has none.
+UNPLANNED: dict[str, Checkpoint] = {
+    "bloom": Checkpoint("bloom", {"hidden_size": 128}),
+    "nemotron": Checkpoint("nemotron", _GQA),
+}
+
+# More, of which only the configuration is used.
+PLANNED: dict[str, Checkpoint] = CHECKPOINTS | {
+    name: Checkpoint(name, overrides)
+    for name, overrides in {
+        "mistral": _GQA,
+        "gemma2": _GQA | {"query_pre_attn_scalar": 32},
+        "gpt2": {"hidden_size": 128},
+        "opt": {"hidden_size": 128, "word_embed_proj_dim": 128},
+        "phi": _MHA,
+        "phi3": _MHA,
+        "falcon": {"hidden_size": 128},
+        "gpt_neox": _COMMON,
+        "gptj": {"hidden_size": 128},
+        "cohere": _MHA,
+        "granite": _MHA,
+        "olmo2": _MHA,
+        "glm4": _GQA,
+        "starcoder2": _MHA,
+        "stablelm": _MHA,
+        "qwen2_moe": _MHA,
+        "deepseek_v2": CHECKPOINTS["deepseek_v3"].overrides,
+        "llama4": _GQA,
+    }.items()
 }
 
 

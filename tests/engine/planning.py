@@ -20,16 +20,20 @@ class Planned:
 def plan_all(
     folders: dict[str, str], components: dict[str, tuple[str, ...]], port: int
 ) -> dict[str, Planned]:
-    """The plan of each checkpoint for two ranks. components: those asked for, by name."""
+    """The plan of each checkpoint for two ranks. components: those asked for, by name.
+
+    The first is to be a model with experts, for which vLLM makes the groups that only they need.
+    """
     from engines import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT, VLLM_LOGGING_LEVEL="WARNING")
+    import torch
+    from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import (
         init_distributed_environment,
         initialize_model_parallel,
     )
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.config import set_current_vllm_config
 
     from fgtp_pass.vllm.layers import LAYER_CLASSES, register
     from fgtp_pass.vllm.logits import ShardedLogitsProcessor
@@ -40,6 +44,7 @@ def plan_all(
         config = EngineArgs(
             folder, skip_tokenizer_init=True, dtype="float32", max_model_len=128
         ).create_engine_config()
+        torch._dynamo.reset()
         if not found:
             with set_current_vllm_config(config):
                 init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
