@@ -60,29 +60,38 @@ def _serve(rank: int, world: int, port: int, pipe: Connection, dump: str) -> Non
             world_size=world,
             timeout=timedelta(seconds=120),
         )
-        while True:
-            try:
-                call = pipe.recv()
-            except EOFError:
-                return
-            if call is None:
-                dist.destroy_process_group()
-                return
-            function, args, kwargs = call
-            torch._dynamo.reset()
-            try:
-                outcome = Outcome(value=function(*args, **kwargs))
-            except BaseException as error:
-                outcome = Outcome(
-                    error=type(error).__name__, message=str(error), trace=traceback.format_exc()
-                )
-            pipe.send(outcome)
+        serve_calls(pipe)
+        dist.destroy_process_group()
+
+
+def serve_calls(pipe: Connection) -> None:
+    """Answer the calls of a `Pool`, until it says None or is gone."""
+    while True:
+        try:
+            call = pipe.recv()
+        except EOFError:
+            return
+        if call is None:
+            return
+        function, args, kwargs = call
+        if "torch" in sys.modules:
+            sys.modules["torch"]._dynamo.reset()
+        try:
+            outcome = Outcome(value=function(*args, **kwargs))
+        except BaseException as error:
+            outcome = Outcome(
+                error=type(error).__name__, message=str(error), trace=traceback.format_exc()
+            )
+        pipe.send(outcome)
 
 
 class Pool:
-    """`world` ranks that run the same function at the same time."""
+    """`world` ranks that run the same function at the same time.
 
-    def __init__(self, world: int):
+    serve: what a rank's process runs. daemon: whether it may have no processes of its own.
+    """
+
+    def __init__(self, world: int, serve: Callable[..., None] = _serve, daemon: bool = True):
         context = multiprocessing.get_context("spawn")
         port = free_port()
         self.world = world
@@ -92,9 +101,9 @@ class Pool:
         for rank in range(world):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve,
+                target=serve,
                 args=(rank, world, port, there, str(self._dump(rank))),
-                daemon=True,
+                daemon=daemon,
             )
             process.start()
             there.close()

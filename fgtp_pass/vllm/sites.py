@@ -30,7 +30,7 @@ from fgtp_pass.collectives import ComponentGroup
 from fgtp_pass.config import Options
 from fgtp_pass.dataflow import GraphView
 from fgtp_pass.detect import detect
-from fgtp_pass.errors import DetectionError
+from fgtp_pass.errors import DetectionError, FgtpError
 from fgtp_pass.pattern import Findings, LookupStage, Match, MatmulStage, Pattern, Refusal
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan import Plan, WeightCut
@@ -93,11 +93,34 @@ def plan_model(
 ) -> tuple[Plan, Mapping[int, Role]]:
     """The plan of the model that `config` describes, and the role of each layer by its number.
 
-    Raises DetectionError where a component that was asked for has no site, or tied weights were
-    given different sizes.
+    Raises DetectionError where a component that was asked for has no site, tied weights were given
+    different sizes, or the model cannot be traced.
     """
     config = _planning_config(config)
     construction = Construction()
+    try:
+        model, planned = _plan_on_meta(config, construction, chooser, data_parallel_size)
+    except FgtpError:
+        raise
+    except Exception as error:
+        names = ", ".join(config.model_config.architectures)
+        raise DetectionError(
+            f"{names} cannot be planned, since vLLM's model code cannot be traced without data: "
+            f'{type(error).__name__}: {str(error).strip().splitlines()[0]}. Without "fgtp" in '
+            "passes it runs unsharded."
+        ) from error
+    plan = planned.plan.model_copy(update={"chosen": tuple(chooser.chosen.values())})
+    check_requested(plan, options.sizes.requested, options.allow_missing)
+    return plan, _roles(planned, model, construction)
+
+
+def _plan_on_meta(
+    config: VllmConfig,
+    construction: Construction,
+    chooser: SizeChooser,
+    data_parallel_size: int,
+) -> tuple[nn.Module, PlannedGraph]:
+    """The model on the meta device, with its layers in `construction`, and what is planned."""
     with ExitStack() as stack:
         stack.enter_context(set_current_vllm_config(config))
         stack.enter_context(mock.patch.object(parallel_state, "_TP", _OneRank()))
@@ -114,10 +137,7 @@ def plan_model(
                 layer.cpu_linear = F.linear  # what loading weights would have set on a CPU
         stack.enter_context(mock.patch.object(MoERunner, "forward", _opaque_moe))
         stack.enter_context(set_forward_context(None, config, num_tokens=_TOKENS))
-        planned = _trace(model, chooser, data_parallel_size)
-    plan = planned.plan.model_copy(update={"chosen": tuple(chooser.chosen.values())})
-    check_requested(plan, options.sizes.requested, options.allow_missing)
-    return plan, _roles(planned, model, construction)
+        return model, _trace(model, chooser, data_parallel_size)
 
 
 def _planning_config(config: VllmConfig) -> VllmConfig:
@@ -127,6 +147,8 @@ def _planning_config(config: VllmConfig) -> VllmConfig:
     config.compilation_config.mode = CompilationMode.NONE
     config.compilation_config.custom_ops = ["none"]
     config.compilation_config.static_forward_context = {}
+    config.parallel_config.enable_expert_parallel = False  # expert maps cannot be made without data
+    config.device_config.device = torch.device("meta")  # the Transformers backend asks for it
     return config
 
 

@@ -1,0 +1,124 @@
+"""Tiny checkpoints with random weights, of sizes that vLLM's CPU kernels take."""
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zoo
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+}
+_GQA: dict[str, Any] = _COMMON | {"num_key_value_heads": 2, "head_dim": 32}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model of the zoo, what its configuration changes, and what vLLM needs to run it on a CPU.
+
+    saved: on top of the configuration as transformers writes it.
+    """
+
+    name: str
+    overrides: dict[str, Any]
+    saved: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those that the model has."""
+        return tuple(c for c, names in zoo.ARCHITECTURES[self.name].expected.items() if names)
+
+    def write(self, folder: Path, weights: bool = True) -> str:
+        """The checkpoint as transformers saves it, or only its configuration."""
+        if weights:
+            zoo.build(self.name, **self.overrides).save_pretrained(folder)
+        else:
+            config = zoo.config(self.name, **self.overrides)
+            config.architectures = [zoo.ARCHITECTURES[self.name].model_class.__name__]
+            config.save_pretrained(folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | self.saved))
+        return str(folder)
+
+
+_MHA: dict[str, Any] = _COMMON | {"num_key_value_heads": 4}
+_EXPERTS: dict[str, Any] = {"enable_expert_parallel": True, "enforce_eager": True}
+
+CHECKPOINTS: dict[str, Checkpoint] = {
+    "llama": Checkpoint("llama", _GQA),
+    "qwen3": Checkpoint("qwen3", _GQA | {"tie_word_embeddings": True}),
+    "qwen2": Checkpoint("qwen2", _COMMON | {"num_key_value_heads": 2}),
+    "gemma3": Checkpoint("gemma3", _GQA | {"query_pre_attn_scalar": 32}),
+    "mixtral": Checkpoint("mixtral", _GQA, options=_EXPERTS),
+    "qwen3_moe": Checkpoint(
+        "qwen3_moe", _GQA | {"num_experts": 4, "moe_intermediate_size": 64}, options=_EXPERTS
+    ),
+    "deepseek_v3": Checkpoint(
+        "deepseek_v3",
+        _COMMON
+        | {"num_key_value_heads": 4, "moe_intermediate_size": 64}
+        | {"kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64}
+        | {"v_head_dim": 32, "q_lora_rank": 48},
+        saved={"topk_method": "noaux_tc"},
+        options=_EXPERTS,
+    ),
+}
+
+
+# vLLM's code of these needs data where planning has none.
+UNPLANNED: dict[str, Checkpoint] = {
+    "bloom": Checkpoint("bloom", {"hidden_size": 128}),
+    "nemotron": Checkpoint("nemotron", _GQA),
+}
+
+# More, of which only the configuration is used.
+PLANNED: dict[str, Checkpoint] = CHECKPOINTS | {
+    name: Checkpoint(name, overrides)
+    for name, overrides in {
+        "mistral": _GQA,
+        "gemma2": _GQA | {"query_pre_attn_scalar": 32},
+        "gpt2": {"hidden_size": 128},
+        "opt": {"hidden_size": 128, "word_embed_proj_dim": 128},
+        "phi": _MHA,
+        "phi3": _MHA,
+        "falcon": {"hidden_size": 128},
+        "gpt_neox": _COMMON,
+        "gptj": {"hidden_size": 128},
+        "cohere": _MHA,
+        "granite": _MHA,
+        "olmo2": _MHA,
+        "glm4": _GQA,
+        "starcoder2": _MHA,
+        "stablelm": _MHA,
+        "qwen2_moe": _MHA,
+        "deepseek_v2": CHECKPOINTS["deepseek_v3"].overrides,
+        "llama4": _GQA,
+    }.items()
+}
+
+
+class Checkpoints:
+    """Writes each checkpoint once, when it is first asked for."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __call__(self, name: str) -> str:
+        folder = self._folder / name
+        return str(folder) if folder.exists() else CHECKPOINTS[name].write(folder)
+
+
+def prompts(count: int = 7, longest: int = 40) -> dict[int, list[int]]:
+    """By number, token ids of different lengths."""
+    source = random.Random(0)
+    return {
+        i: [source.randrange(1, 500) for _ in range(source.randrange(3, longest))]
+        for i in range(count)
+    }

@@ -1,0 +1,74 @@
+"""Plans vLLM models on the meta device, without an engine; runs in a process of its own."""
+
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Planned:
+    """sites: component -> the weights that are cut. left: weight -> why it is left alone.
+
+    error: what planning raised, or nothing.
+    """
+
+    sites: dict[str, set[str]]
+    left: dict[str, str]
+    error: str = ""
+
+
+def plan_all(
+    folders: dict[str, str], components: dict[str, tuple[str, ...]], port: int
+) -> dict[str, Planned]:
+    """The plan of each checkpoint for two ranks. components: those asked for, by name.
+
+    The first is to be a model with experts, for which vLLM makes the groups that only they need.
+    """
+    from engines import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT, VLLM_LOGGING_LEVEL="WARNING")
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed.parallel_state import (
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+
+    from fgtp_pass.vllm.layers import LAYER_CLASSES, register
+    from fgtp_pass.vllm.logits import ShardedLogitsProcessor
+
+    register({**LAYER_CLASSES, "LogitsProcessor": ShardedLogitsProcessor})
+    found = {}
+    for name, folder in folders.items():
+        config = EngineArgs(
+            folder, skip_tokenizer_init=True, dtype="float32", max_model_len=128
+        ).create_engine_config()
+        torch._dynamo.reset()
+        if not found:
+            with set_current_vllm_config(config):
+                init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+                initialize_model_parallel(1, 1)
+        found[name] = plan_one(config, components[name])
+    return found
+
+
+def plan_one(config: Any, components: tuple[str, ...]) -> Planned:
+    from fgtp_pass.auto import SizeChooser
+    from fgtp_pass.config import parse_options
+    from fgtp_pass.errors import FgtpError
+    from fgtp_pass.vllm.sites import plan_model
+
+    sizes = {f"{c}_tensor_parallel_size": 2 for c in components}
+    options = parse_options({"finegrained_tp_config": sizes})
+    group: Any = SimpleNamespace(size=2, rank=0)  # sizes are given, so ranks need not meet
+    try:
+        plan, _ = plan_model(config, options, SizeChooser(options, group, group, 2), 2)
+    except FgtpError as error:
+        return Planned({}, {}, f"{type(error).__name__}: {error}")
+    sites: dict[str, set[str]] = {}
+    for site in plan.sites:
+        cut = {weight.fqn for weight in site.weights if weight.cut_dim is not None}
+        sites.setdefault(site.component, set()).update(cut)
+    return Planned(sites, {left.fqn: left.reason for left in plan.left_alone})
