@@ -80,7 +80,7 @@ def trace_summary(name: str, config: Mapping[str, Any], progress: Progress) -> M
 
 
 def declared_quantization(config: Mapping[str, Any]) -> str | None:
-    """The scheme that a config declares, in the cost model's words; else in its own."""
+    """The scheme that a config declares, in the words of `fgtp_pass.cost.shape`, or its own."""
     declared = config.get("quantization_config") or {}
     method = declared.get("quant_method")
     if method in ("awq", "gptq"):
