@@ -4,6 +4,8 @@ A vLLM plugin by itself: put its folder on PYTHONPATH. Without it stock vLLM can
 on CPUs either.
 """
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -14,13 +16,38 @@ def install() -> None:
     """vLLM calls it in every process, sometimes more than once."""
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
+    if hasattr(CpuCommunicator, "all_gatherv") and CpuCommunicator.all_gatherv is all_gatherv:
+        return
     CpuCommunicator.all_gatherv = all_gatherv
     CpuCommunicator.reduce_scatterv = reduce_scatterv
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    CPUUnquantizedExperts.apply = with_expert_map(CPUUnquantizedExperts.apply)
     try:
         from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
     except ImportError:
         return
     CPUMLABackend.forward_includes_kv_cache_update = False  # padded tokens have no slot
+
+
+def with_expert_map(stock: Any) -> Any:
+    """The experts of this rank only; vLLM's CPU kernel takes every expert's number for a local one.
+
+    Without this it reads past its weights under expert parallelism.
+    """
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def apply(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs).arguments
+        if given["expert_map"] is not None:
+            ids, weights = given["topk_ids"], given["topk_weights"]
+            local = given["expert_map"][ids.long()]
+            given["topk_ids"] = local.clamp(min=0).to(ids.dtype)
+            given["topk_weights"] = torch.where(local < 0, 0.0, weights).to(weights.dtype)
+        stock(**given)
+
+    return apply
 
 
 def all_gatherv(

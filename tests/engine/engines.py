@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -21,6 +22,7 @@ from ranks import Pool, free_port, serve_calls
 
 HERE = Path(__file__).parent
 CPU_MOE = HERE.parent.parent / "examples" / "cpu_moe_plugin"  # what vLLM's CPU build lacks
+WAIT_FOR_OTHERS = 120.0  # seconds; an engine that ends takes its data-parallel group with it
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
 # Dynamo and eager in the place of Inductor, one thread, no tcmalloc or libiomp
 ENVIRONMENT = {
@@ -32,6 +34,7 @@ ENVIRONMENT = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for `probe`
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "PYTHONFAULTHANDLER": "1",
 }
 
 
@@ -151,12 +154,22 @@ def probe(model: Any) -> dict[str, Any]:
     }
 
 
-def run_job(job: Job, rank: int = 0, world: int = 1, port: int = 0) -> Any:
-    """Start an engine, run the job, end the engine."""
-    llm = start(job, rank, world, port)
+def run_rank(jobs: Sequence[Job], port: int) -> Any:
+    """Start the engine of this rank, run its job, and end the engine when all ranks are done."""
+    rank, job = int(os.environ["FGTP_TEST_RANK"]), jobs[int(os.environ["FGTP_TEST_RANK"])]
+    folder = Path(os.environ["FGTP_TEST_FOLDER"])
+    try:
+        llm = start(job, rank, len(jobs), port)
+    except BaseException:
+        (folder / f"done.{port}.{rank}").touch()
+        raise
     try:
         return (job.run or generate)(llm, job)
     finally:
+        (folder / f"done.{port}.{rank}").touch()
+        deadline = time.monotonic() + WAIT_FOR_OTHERS
+        while len(list(folder.glob(f"done.{port}.*"))) < len(jobs) and time.monotonic() < deadline:
+            time.sleep(0.05)
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
@@ -164,11 +177,6 @@ def run_job(job: Job, rank: int = 0, world: int = 1, port: int = 0) -> Any:
             from vllm.distributed import cleanup_dist_env_and_memory
 
             cleanup_dist_env_and_memory()
-
-
-def run_rank(jobs: Sequence[Job], port: int) -> Any:
-    rank = int(os.environ["FGTP_TEST_RANK"])
-    return run_job(jobs[rank], rank, len(jobs), port)
 
 
 class Engines(Pool):
@@ -243,7 +251,11 @@ class _Serve:
             os.dup2(log, stream)
         with open(dump, "w") as dump_file:
             faulthandler.register(signal.SIGUSR1, file=dump_file, all_threads=True)
-            os.environ |= {"FGTP_TEST_RANK": str(rank), "FGTP_TEST_PID": str(os.getpid())}
+            os.environ |= {
+                "FGTP_TEST_RANK": str(rank),
+                "FGTP_TEST_PID": str(os.getpid()),
+                "FGTP_TEST_FOLDER": self.folder,
+            }
             paths = [str(path) for path in (HERE, HERE.parent, CPU_MOE, self.folder)]
             sys.path[:0] = paths
             os.environ["PYTHONPATH"] = os.pathsep.join(

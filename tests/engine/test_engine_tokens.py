@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from checkpoints import CHECKPOINTS
 from engines import Answer, shared
 
 TIE = 1e-4  # of logprobs; fp32 sums in another order differ by less
@@ -34,7 +35,7 @@ def test_tokens(
     unsharded: Callable[..., Answer],
     sharded: Callable[..., list[Answer]],
 ) -> None:
-    got = sharded(name, shared())
+    got = sharded(name, shared(*CHECKPOINTS[name].components))
     assert_same(unsharded(name), got)
     whole = unsharded(name).found[0]["bytes"]
     for answer in got:

@@ -1,0 +1,112 @@
+"""What is refused, in a sentence, before any engine starts; and what stays as it is in stock vLLM."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from checkpoints import Checkpoints
+from engines import ENVIRONMENT, shared
+
+SIZES = {"oproj_tensor_parallel_size": 2}
+
+
+def errors_of(model: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What `EngineArgs(**case)` or its configuration raises, by case; runs in a process of its own."""
+    os.environ.update(ENVIRONMENT)
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    found = {}
+    for name, case in cases.items():
+        given = {"data_parallel_size": 2, "data_parallel_rank": 0} | case
+        try:
+            EngineArgs(model, skip_tokenizer_init=True, **given).create_engine_config()
+            found[name] = ""
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+ON = {"compilation_config": {"passes": ["fgtp"]}}
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown pass": ({"compilation_config": {"passes": ["fgpt"]}}, "unknown pass 'fgpt'"),
+    "unknown key of vLLM's": ({"compilation_config": {"passses": ["fgtp"]}}, "passses"),
+    "unknown component": (
+        ON | {"additional_config": {"finegrained_tp_config": {"o_proj_tensor_parallel_size": 2}}},
+        "oproj_tensor_parallel_size",
+    ),
+    "misspelt": (ON | {"additional_config": {"finegrained_tp_conf": SIZES}}, "unknown key"),
+    "flat": (ON | {"additional_config": SIZES}, "one level down"),
+    "timeout": (
+        ON | {"additional_config": {"finegrained_tp_config": SIZES, "fgtp_timeout_seconds": 0}},
+        "positive number",
+    ),
+    "one rank": (
+        shared() | {"data_parallel_size": 1, "data_parallel_rank": None},
+        "data_parallel_size = 1",
+    ),
+    "pipeline": (shared() | {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+    "LoRA": (shared() | {"enable_lora": True}, "LoRA"),
+    "worker": (shared() | {"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "Leave worker_cls"),
+}
+
+
+@pytest.fixture(scope="module")
+def errors(engines: Any, checkpoint: Checkpoints) -> dict[str, str]:
+    cases = {name: case for name, (case, _) in CASES.items()} | {
+        "good": shared(),
+        "one string": shared() | {"compilation_config": {"passes": "fgtp"}},
+        "sizes alone": {"additional_config": {"finegrained_tp_config": SIZES}},
+    }
+    return engines(1).run(errors_of, checkpoint("llama"), cases, timeout=120)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_with_a_reason(errors: dict[str, str], case: str) -> None:
+    assert CASES[case][1] in errors[case]
+
+
+@pytest.mark.parametrize("case", ["good", "one string", "sizes alone"])
+def test_accepted(errors: dict[str, str], case: str) -> None:
+    assert not errors[case]
+
+
+def test_sizes_without_the_pass_are_a_warning(errors: dict[str, str], engines: Any) -> None:
+    assert 'has no "passes": ["fgtp"], so fgtp_pass shards nothing' in engines(1).log(0)
+
+
+def hashes_and_graph(model: str, plugins: str | None) -> dict[str, Any]:
+    """What stock vLLM and one with the plugin must agree on; runs in a process of its own."""
+    if plugins is None:
+        os.environ.pop("VLLM_PLUGINS", None)
+    else:
+        os.environ["VLLM_PLUGINS"] = plugins
+    os.environ.update(ENVIRONMENT)
+    from vllm.config import CompilationConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    config = EngineArgs(model, skip_tokenizer_init=True).create_engine_config()
+    return {
+        "loaded": "passes" in CompilationConfig.__dataclass_fields__,
+        "compilation": CompilationConfig().compute_hash(),
+        "engine": config.compute_hash(),
+        "model class": type(config.model_config).__qualname__,
+        "worker": config.parallel_config.worker_cls,
+    }
+
+
+def test_not_asked_for_changes_nothing(engines: Any, checkpoint: Checkpoints) -> None:
+    """The same hashes, so the same compile caches; the pass, where asked for, is part of them."""
+    model = checkpoint("llama")
+    engines(1).kill()  # plugins are loaded once in a process
+    with_plugin = engines(1).run(hashes_and_graph, model, None, timeout=120)[0]
+    engines(1).kill()
+    stock = engines(1).run(hashes_and_graph, model, "", timeout=120)[0]
+    engines(1).kill()
+    assert (with_plugin.pop("loaded"), stock.pop("loaded")) == (True, False)
+    assert with_plugin == stock
