@@ -8,14 +8,14 @@ function memoryBars(memory) {
   const parts = [...memory.weights, kv];
   const bars = element("div", { class: "bars" });
   const largest = Math.max(...parts.map((part) => part.whole));
+  const text = (count) => bytesText(count, largest);
   for (const part of parts) {
     const freed = part.whole - part.kept;
     const bar = element("div", { class: "bar", style: `--fill: ${colorOf(part.name)}` });
     bar.append(segment("kept", part.kept / largest), segment("ghost", freed / largest));
-    const number = element("span", { class: "number" }, bytesText(part.kept));
+    const number = element("span", { class: "number" }, text(part.kept));
     if (freed > 0) {
-      const note = ` + ${bytesText(freed)} freed`;
-      number.append(element("span", { class: "freed" }, note));
+      number.append(element("span", { class: "freed" }, ` + ${text(freed)} freed`));
     }
     bars.append(element("span", {}, part.name), bar, number);
   }

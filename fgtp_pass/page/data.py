@@ -69,8 +69,7 @@ def page_data(report: Report) -> dict[str, Any]:
         },
         "devices": [_device(device, report, advised[device.name]) for device in devices],
         "commands": {
-            _key(sizes): _command(report, sizes)
-            for sizes in (*uniform, *recommended, report.sizes)
+            _key(sizes): _command(report, sizes) for sizes in (*uniform, *recommended, report.sizes)
         },
         "lanes": _lanes(report.shapes.values()),
         "usable_share": USABLE,
@@ -144,8 +143,7 @@ def _command(report: Report, sizes: Mapping[str, int]) -> str:
 
 
 def _paragraphs(docstring: str | None) -> list[str]:
-    joined = (" ".join(part.split()) for part in (docstring or "").split("\n\n"))
-    return [re.sub(r"`([^`]*)`", r"\1", part) for part in joined]
+    return [" ".join(part.split()) for part in (docstring or "").split("\n\n")]
 
 
 # the diagram ------------------------------------------------------------------------------------
@@ -179,9 +177,7 @@ def _lane(site: Site, count: int) -> dict[str, Any]:
     widths = iter(site.widths)
     stages = iter(_stages(site))
     steps: list[dict[str, Any]] = []
-    for move, applied, placement in re.findall(
-        r"(?:-(\w+)->|x W\[(\w+)/k\] ->) (\w+)", site.path
-    ):
+    for move, applied, placement in re.findall(r"(?:-(\w+)->|x W\[(\w+)/k\] ->) (\w+)", site.path):
         if move:
             steps.append({"move": move, "width": next(widths), "to": placement})
         else:

@@ -3,7 +3,7 @@
 /* Each component of a layer as a lane: on the left every rank with the whole weights, on the right
    a group that shares them. Columns are ranks, time goes down. */
 
-const LANE = { width: 1180, panel: 430, after: 480, notes: 930, column: 84, box: 54 };
+const LANE = { width: 1180, after: 432, notes: 856, column: 84, box: 54 };
 
 /** What tokens and features a rank has, by the placement of the algebra. */
 const PLACEMENTS = {
@@ -31,14 +31,17 @@ function laneDiagram(lane, size) {
     textAt(0, 34, "Before: every rank holds all of it", "start", "quiet"),
     textAt(LANE.after, 34, afterTitle(size), "start", "quiet"),
   );
-  let y = top;
-  y = placementRow(svg, ranks, y, size > 1 ? PLACEMENTS.Own(size) : "its own tokens");
+  let y = placementRow(svg, ranks, top, PLACEMENTS.Own());
   for (const step of lane.steps) {
     if ("cut" in step) y = weightsRow(svg, lane, step, ranks, size, y);
     else if (size > 1) y = moveRow(svg, step, ranks, y);
     if (size > 1 && step !== lane.steps.at(-1)) note(svg, y - 4, PLACEMENTS[step.to](size));
   }
-  y = placementRow(svg, ranks, y, "its own tokens");
+  y = placementRow(svg, ranks, y, PLACEMENTS.Own());
+  for (const { x } of [...columns(ranks, 0), ...columns(ranks, LANE.after)]) {
+    const middle = x + LANE.column / 2;
+    svg.prepend(shape("line", { class: "grid", x1: middle, x2: middle, y1: top, y2: y - 28 }));
+  }
   svg.setAttribute("viewBox", `0 0 ${LANE.width} ${y + 6}`);
   return svg;
 }
@@ -61,7 +64,7 @@ function placementRow(svg, ranks, y, text) {
   for (const offset of [0, LANE.after]) {
     for (const { rank, x } of columns(ranks, offset)) {
       const chip = { x: x + 8, y, width: LANE.column - 16, height: 18, rx: 9, fill: "var(--track)" };
-      const label = textAt(x + LANE.column / 2, y + 13, `rank ${rank}`, "middle", "quiet");
+      const label = textAt(x + LANE.column / 2, y + 13, `rank ${rank}`, "middle", "quiet plain");
       svg.append(shape("rect", chip), label);
     }
   }
@@ -74,10 +77,9 @@ function moveRow(svg, step, ranks, y) {
   const width = all.at(-1).x + LANE.column - all[0].x;
   svg.append(
     shape("rect", { x: all[0].x, y, width, height: 22, rx: 4, fill: "var(--accent)" }),
-    onAccent(all[0].x + width / 2, y + 15, step.move),
+    textAt(all[0].x + width / 2, y + 15, step.move, "middle", "plain inverse"),
   );
   note(svg, y + 15, `${step.move}: ${bytesText(step.width)} per token`);
-  for (const { x } of columns(ranks, 0)) line(svg, x + LANE.column / 2, y - 10, y + 30);
   return y + 44;
 }
 
@@ -107,14 +109,15 @@ function weightsRow(svg, lane, step, ranks, size, y) {
 function weightBox(x, y, width, weight, size, rank, color) {
   const whole = { x, y, width, height: LANE.box };
   const held = { ...whole };
+  const part = size > 1 ? rank : 0;
   if (weight.cut_dim === 0) {
     held.height = LANE.box / size;
-    held.y = y + rank * held.height;
+    held.y = y + part * held.height;
   } else {
     held.width = width / size;
-    held.x = x + rank * held.width;
+    held.x = x + part * held.width;
   }
-  const outline = { ...whole, fill: "none", stroke: color, "stroke-dasharray": size > 1 ? "3 3" : "0" };
+  const outline = { ...whole, fill: "var(--card)", stroke: color, "stroke-dasharray": size > 1 ? "3 3" : "0" };
   return [shape("rect", outline), shape("rect", { ...held, fill: color })];
 }
 
@@ -122,18 +125,8 @@ function dims(sizes) {
   return sizes.join(" \u00d7 ");
 }
 
-function line(svg, x, from, to) {
-  svg.append(shape("line", { class: "grid", x1: x, x2: x, y1: from, y2: to }));
-}
-
 function note(svg, y, text, kind = "quiet") {
   svg.append(textAt(LANE.notes, y, text, "start", kind));
-}
-
-function onAccent(x, y, text) {
-  const made = textAt(x, y, text, "middle");
-  made.style.fill = "var(--card)";
-  return made;
 }
 
 function swatchAt(name, y) {

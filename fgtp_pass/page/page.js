@@ -67,7 +67,9 @@ function figures(state, memory, change) {
       `Change of TPOT at ${countText(state.tokens, "token")}`,
       changeText(change),
       change < 0 ? "good" : change > 0 ? "bad" : "",
-      "per output token; below zero is faster",
+      memory.whole + memory.kv > memory.usable
+        ? "against whole weights, which would not fit"
+        : "per output token; below zero is faster",
     ),
     figure(
       "Weights and KV cache",
@@ -179,14 +181,14 @@ function showAssumptions(state) {
 function showControls(state) {
   const group = SETTINGS[byId("group").value].name;
   showControl("tokens", countText(state.tokens, "token"));
-  showControl("group", group.endsWith("for all") ? group : `${group}: ${sizesText(state.sizes)}`);
-  showControl("hardware", state.device.title);
+  showControl("group", group.endsWith("for all") ? group : `${group}: ${onText(state.sizes)}`);
+  showControl("hardware", state.device.name, state.device.title);
 }
 
-function showControl(id, text) {
-  byId(id).setAttribute("aria-valuetext", text);
+function showControl(id, text, inFull = text) {
+  byId(id).setAttribute("aria-valuetext", inFull);
   byId(`${id}-value`).textContent = text;
-  byId(`${id}-value`).title = text;
+  byId(`${id}-value`).title = inFull;
 }
 
 function slider(id, count, start) {
@@ -206,7 +208,7 @@ function start() {
     "routed experts around these components stay as they are.";
   byId("derivations").replaceChildren(
     ...DATA.derivations.flatMap(({ title, text }) =>
-      text.map((part, i) => element("p", {}, i ? part : `${title}. ${part}`)),
+      text.map((part, i) => element("p", {}, ...coded(i ? part : `${title}. ${part}`))),
     ),
   );
   const expressions = Object.entries(FORMULAS).map(([name, body]) => `${name} = ${body}`);

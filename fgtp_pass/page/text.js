@@ -1,13 +1,19 @@
 "use strict";
 
 const MINUS = "\u2212";
+const GRAYS = {
+  "routed experts": "var(--g0)",
+  "other weights": "var(--g1)",
+  "KV cache": "var(--g2)",
+};
 
-/** Bytes in the largest binary unit below them. */
-function bytesText(count) {
+/** Bytes in the largest binary unit below them, or below `like`. */
+function bytesText(count, like = count) {
   if (count < 0.5) return "0";
   for (const unit of ["B", "KiB", "MiB"]) {
-    if (count < 1024) return `${count.toFixed(unit === "B" ? 0 : 1)} ${unit}`;
+    if (like < 1024) return `${count.toFixed(unit === "B" ? 0 : 1)} ${unit}`;
     count /= 1024;
+    like /= 1024;
   }
   return `${count.toFixed(2)} GiB`;
 }
@@ -45,10 +51,18 @@ function sizesText(sizes) {
   return Object.entries(sizes).map(([name, size]) => `${name} ${sizeText(size)}`).join(", ");
 }
 
-/** The color of a component, by its place among them. */
+/** The components that are on. */
+function onText(sizes) {
+  const [first, ...rest] = Object.values(sizes);
+  if (rest.every((size) => size === first)) return `${sizeText(first)} for all`;
+  const on = Object.entries(sizes).filter(([, size]) => size > 1);
+  return on.map(([name, size]) => `${name} ${size}`).join(", ");
+}
+
+/** The color of a component, by its place among them; grays for all that is none. */
 function colorOf(name) {
   const index = DATA.components.findIndex((component) => component.name === name);
-  return index < 0 ? "var(--rest)" : `var(--c${index % 6})`;
+  return index < 0 ? GRAYS[name] : `var(--c${index % 6})`;
 }
 
 /** An element with attributes and children; text goes in as text. */
@@ -65,6 +79,11 @@ function fill(made, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   made.append(...children);
   return made;
+}
+
+/** Text with its parts between backticks as code. */
+function coded(text) {
+  return text.split("`").map((part, i) => (i % 2 ? element("code", {}, part) : part));
 }
 
 function swatch(name) {
