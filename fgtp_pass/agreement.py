@@ -5,7 +5,10 @@ header, and more words only if something is not as usual. A rank that failed, th
 else, or that has another number of tokens is so told to all in place of a hang.
 """
 
-from collections.abc import Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -13,7 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fgtp_pass.collectives import DataParallelGroup, hostname
 from fgtp_pass.errors import AgreementError
+
+log = logging.getLogger("fgtp_pass")
 
 _HEADER_INTS = 64
 
@@ -90,6 +96,18 @@ class Council:
             return cards
         return self._talk(cards, words)
 
+    def meet_equal(self, mine: Mapping[str, Any]) -> None:
+        """Raise AgreementError on every rank, with what each has, unless all have the same."""
+        cards = self.meet(Act.SHARD, words=mine)
+        for what in mine:
+            said = {card.rank: card.words.get(what) for card in cards}
+            if len({str(value) for value in said.values()}) > 1:
+                listed = ", ".join(f"rank {rank} has {value}" for rank, value in said.items())
+                raise AgreementError(
+                    f"the data-parallel ranks differ in {what}: {listed}. "
+                    "They must run the same model with the same options and libraries."
+                )
+
     def _talk(self, cards: list[Card], words: Any) -> list[Card]:
         said: list[Any] = [None] * self.size
         self._guarded(lambda: dist.all_gather_object(said, words, group=self.group))
@@ -119,3 +137,44 @@ class Council:
                 f"step: one of them ended, or did not come within {self.timeout_seconds:g} s. "
                 f"({str(error).splitlines()[0]})"
             ) from error
+
+
+def wide_council(group: DataParallelGroup) -> Council:
+    """All data-parallel ranks: they agree on plans."""
+    return Council(group.control_group(group.size), 0, group.timeout.total_seconds())
+
+
+def tell(council: Council, error: Exception) -> None:
+    """Say why this rank fails, so that the others raise too; its own error stays the first."""
+    try:
+        council.meet(Act.FAILED, words=f"{type(error).__name__}: {error}")
+    except AgreementError as met:
+        log.debug("told the group: %s", met)
+
+
+@contextmanager
+def telling(council: Council | None) -> Iterator[None]:
+    """Tell the ranks of the council if what is done here fails."""
+    try:
+        yield
+    except Exception as error:
+        if council is not None:
+            tell(council, error)
+        raise
+
+
+_ranks_on_host: dict[DataParallelGroup, int] = {}
+
+
+def ranks_on_smallest_host(group: DataParallelGroup) -> int:
+    """How many ranks the smallest host of the group has, which bounds "auto".
+
+    Collective the first time that it is asked of a group.
+    """
+    if group not in _ranks_on_host:
+        hosts = [hostname()]
+        if group.size > 1:
+            cards = wide_council(group).meet(Act.SHARD, words=hosts[0])
+            hosts = [card.words for card in cards]
+        _ranks_on_host[group] = min(Counter(hosts).values())
+    return _ranks_on_host[group]

@@ -2,9 +2,7 @@
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,19 +12,25 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fgtp_pass import dynamo, weights
-from fgtp_pass.agreement import Act, Council
+from fgtp_pass import dynamo, packing, weights
+from fgtp_pass.agreement import (
+    Act,
+    Council,
+    ranks_on_smallest_host,
+    tell,
+    telling,
+    wide_council,
+)
 from fgtp_pass.auto import SizeChooser
 from fgtp_pass.collectives import (
     ComponentGroup,
     DataParallelGroup,
     data_parallel_group,
-    hostname,
 )
 from fgtp_pass.config import Options, parse_options
 from fgtp_pass.detect import Detection, detect
 from fgtp_pass.dynamo import SizeGuard
-from fgtp_pass.errors import AgreementError, ConfigError, FgtpError, InferenceOnlyError
+from fgtp_pass.errors import ConfigError, FgtpError, InferenceOnlyError
 from fgtp_pass.plan import Plan, WeightCut, format_bytes
 from fgtp_pass.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
 from fgtp_pass.rewrite import RewrittenGraph, idle_graph, rewrite
@@ -103,18 +107,10 @@ def _has_group(options: Options) -> bool:
     return size > 1
 
 
-# by group: how many of its ranks the smallest host has, which bounds "auto"
-_ranks_on_host: dict[DataParallelGroup, int] = {}
-
-
 def _data_parallel(options: Options) -> DataParallelGroup:
     """The data-parallel group. Its ranks meet when they first use it, whatever their options."""
     group = data_parallel_group(options.process_group, timedelta(seconds=options.timeout_seconds))
-    if group not in _ranks_on_host:
-        hosts = [hostname()]
-        if group.size > 1:
-            hosts = [card.words for card in _wide_council(group).meet(Act.SHARD, words=hosts[0])]
-        _ranks_on_host[group] = min(Counter(hosts).values())
+    ranks_on_smallest_host(group)
     return group
 
 
@@ -124,31 +120,7 @@ def _report_early_failure(options: Mapping[str, Any] | None, error: Exception) -
         given = {k: v for k, v in (options or {}).items() if k in ("process_group",)}
         group = _data_parallel(Options(**given))
         if group.size > 1:
-            _tell(_wide_council(group), error)
-
-
-def _tell(council: Council, error: Exception) -> None:
-    """Say why this rank fails, so that the others raise too; its own error stays the first."""
-    try:
-        council.meet(Act.FAILED, words=f"{type(error).__name__}: {error}")
-    except AgreementError as met:
-        log.debug("told the group: %s", met)
-
-
-@contextmanager
-def _telling(council: Council | None) -> Iterator[None]:
-    """Tell the ranks of the council if what is done here fails."""
-    try:
-        yield
-    except Exception as error:
-        if council is not None:
-            _tell(council, error)
-        raise
-
-
-def _wide_council(group: DataParallelGroup) -> Council:
-    """All data-parallel ranks: they agree on plans."""
-    return Council(group.control_group(group.size), 0, group.timeout.total_seconds())
+            tell(wide_council(group), error)
 
 
 # runtimes ---------------------------------------------------------------------------------------
@@ -160,9 +132,9 @@ class Runtime:
     def __init__(self, options: Options, group: DataParallelGroup):
         self.options = options
         self.group = group
-        self.wide = _wide_council(group)
-        with _telling(self.wide):
-            self._chooser = SizeChooser(options, group, self.wide, _ranks_on_host[group])
+        self.wide = wide_council(group)
+        with telling(self.wide):
+            self._chooser = SizeChooser(options, group, self.wide, ranks_on_smallest_host(group))
         # ragged steps learn the number of rows to run at when they meet
         self._meets = options.check_tokens or options.tokens == "ragged"
         # the parameters that the ranks have agreed on, with the class they had then
@@ -190,20 +162,20 @@ class Runtime:
         parameters = [v for v in inputs if isinstance(v, nn.Parameter)]
         if all(p in self._agreed and self._agreed[p] is type(p) for p in parameters):
             council = self.step_council if self._meets else None
-            with _telling(council):
+            with telling(council):
                 return self._compile(gm, inputs, self._rewrite(gm, inputs))
-        with _telling(self.wide):
+        with telling(self.wide):
             detection = detect(gm.graph, inputs, self.options.all_patterns)
             self._chooser.see(detection)
             planned = self._plan(gm, inputs, detection)
             check_requested(planned.plan, self.options.sizes.requested, self.options.allow_missing)
         self._agree(planned.plan)
-        with _telling(self.wide):
+        with telling(self.wide):
             written = self._rewrite(gm, inputs, planned)
         self.wide.meet(Act.SHARD, words="ready")
         whole = [p for p in parameters if not isinstance(p, weights.ShardedParameter)]
         try:
-            with _telling(self.wide):
+            with telling(self.wide):
                 compiled = self._compile(gm, inputs, written)
             self.wide.meet(Act.SHARD, words="compiled")
         except Exception:
@@ -229,22 +201,15 @@ class Runtime:
 
     def _agree(self, plan: Plan) -> None:
         """Compare plans, options and library versions on all ranks; raises on every one."""
-        mine = {
-            "plan": plan.fingerprint,
-            "sizes": self.sizes,
-            "tokens": self.options.tokens,
-            "check_tokens": self.options.check_tokens,
-            **library_versions(),
-        }
-        cards = self.wide.meet(Act.SHARD, words=mine)
-        for what in mine:
-            said = {card.rank: card.words.get(what) for card in cards}
-            if len({str(value) for value in said.values()}) > 1:
-                listed = ", ".join(f"rank {rank} has {value}" for rank, value in said.items())
-                raise AgreementError(
-                    f"the data-parallel ranks differ in {what}: {listed}. "
-                    "They must run the same model with the same options and libraries."
-                )
+        self.wide.meet_equal(
+            {
+                "plan": plan.fingerprint,
+                "sizes": self.sizes,
+                "tokens": self.options.tokens,
+                "check_tokens": self.options.check_tokens,
+                **library_versions(),
+            }
+        )
 
     def _rewrite(
         self, gm: fx.GraphModule, inputs: Sequence[Any], planned: PlannedGraph | None = None
@@ -264,7 +229,9 @@ class Runtime:
                     "compiled model with another process_group. Call fgtp_pass.unshard first."
                 )
         rewritten = rewrite(gm, planned, groups, in_force, self.options.tokens == "ragged")
-        return Written(planned, rewritten, groups)
+        packed = packing.packable(rewritten.module.graph, rewritten.shards)
+        packing.take_packed(rewritten.module, packed)
+        return Written(planned, rewritten, groups, packed)
 
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], written: "Written | None"
@@ -276,34 +243,38 @@ class Runtime:
         new = weights.shard_parameters(
             {inputs[i]: (cut, groups[size]) for i, (cut, size) in rewritten.shards.items()},
             planned.plan,
+            {inputs[i] for i in written.packed},
         )
         if new and self.group.rank == 0:
             freed = format_bytes(planned.plan.bytes_saved_per_rank)
             log.info("sharded %d weights, %s freed per rank", new, freed)
             log.debug("%s", planned.plan)
-        compiled, guards = self._compile_rewritten(inputs, rewritten)
+        compiled, guards = self._compile_rewritten(inputs, written)
         counter = TokenCounter(gm.graph, planned.sites, guards)
+        idle, taken = idle_graph(gm, planned, rewritten.gathered, groups, counter.classes)
+        packing.take_packed(idle, [i for i, n in enumerate(taken) if n in written.packed])
         step = Step(
             compiled=compiled,
             shards=tuple(rewritten.shards),
+            packed=written.packed,
             counter=counter,
             sites=sites_number(planned.sites),
             council=self.step_council if self._meets else None,
             ragged=self.options.tokens == "ragged",
-            idle=IdleProgram(*idle_graph(gm, planned, rewritten.gathered, groups, counter.classes)),
+            idle=IdleProgram(idle, taken),
         )
         note_step(step, (inputs[position] for position in rewritten.shards))
         return step
 
     def _compile_rewritten(
-        self, inputs: Sequence[Any], rewritten: RewrittenGraph
+        self, inputs: Sequence[Any], written: "Written"
     ) -> tuple[Compiled, list[SizeGuard]]:
         """Compile with the shards, real and of static shape, in the place of the parameters."""
-        given = list(inputs)
+        given, rewritten = list(inputs), written.rewritten
         for position in rewritten.shards:
             record = weights.record_of(inputs[position])
             assert record is not None
-            given[position] = record.shard
+            given[position] = record.for_graph(position in written.packed)
         static = [given[position] for position in rewritten.shards]
         rows = rewritten.row_examples
         with dynamo.new_inputs(static, rows, rewritten.row_inputs) as guards:
@@ -313,11 +284,15 @@ class Runtime:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """A rewritten graph with its plan and the component groups that it names."""
+    """A rewritten graph with its plan and the component groups that it names.
+
+    packed: the positions of the shards that it takes packed.
+    """
 
     planned: PlannedGraph
     rewritten: RewrittenGraph
     groups: Mapping[int, ComponentGroup]
+    packed: frozenset[int]
 
 
 def _fits(site: PlannedSite, in_force: Mapping[fx.Node, tuple[WeightCut, int]]) -> bool:

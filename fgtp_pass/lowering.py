@@ -65,42 +65,12 @@ class SiteLowering:
             case Placement.OWN, Placement.ALL:
                 return collectives.all_gather(emit, group, x)
             case Placement.OWN, Placement.CUT:
-                return self._own_to_cut(x, rows)
+                return own_to_cut(emit, group, x, rows, self._cut_of(self.site.match.stages[0]))
             case Placement.CUT, Placement.OWN:
-                return self._cut_to_own(x, rows)
+                return cut_to_own(emit, group, x, rows, self._cut_of(self.site.match.stages[-1]))
             case Placement.SUM, Placement.OWN:
                 return collectives.reduce_scatter(emit, group, x, rows, self._out_features())
         raise AssertionError(f"no collective goes from {move.source} to {move.target}")
-
-    def _own_to_cut(self, x: Any, rows: Any) -> Any:
-        """[rows, W] -> [k*rows, W/k]: each rank gets its features of everyone's tokens."""
-        emit, k = self.emit, self.group.size
-        cut = self._cut_of(self.site.match.stages[0])
-        padding = k * cut.block_width(k) - cut.shape[cut.dim]
-        if padding:
-            x = emit(F.pad, x, (0, padding))
-        parts = emit(torch.reshape, x, (rows, k, cut.block_width(k)))
-        by_rank = emit(torch.transpose, parts, 0, 1)
-        # explicit sizes: a -1 would make the number of rows a guard
-        flat = emit(torch.reshape, by_rank, (self._rows_of_group(rows), cut.block_width(k)))
-        return collectives.all_to_all(emit, self.group, flat, rows)
-
-    def _rows_of_group(self, rows: Any) -> Any:
-        k = self.group.size
-        return rows * k if isinstance(rows, int) else self.emit(operator.mul, rows, k)
-
-    def _cut_to_own(self, x: Any, rows: Any) -> Any:
-        """[k*rows, W/k] -> [rows, W]: each rank gets all features of its own tokens."""
-        emit, k = self.emit, self.group.size
-        cut = self._cut_of(self.site.match.stages[-1])
-        width = cut.shape[cut.dim]
-        parts = collectives.all_to_all(emit, self.group, x, rows)
-        stacked = emit(torch.reshape, parts, (k, rows, cut.block_width(k)))
-        by_token = emit(torch.transpose, stacked, 0, 1)
-        whole = emit(torch.reshape, by_token, (rows, k * cut.block_width(k)))
-        if k * cut.block_width(k) > width:
-            whole = emit(torch.narrow, whole, 1, 0, width)
-        return whole
 
     def _out_features(self) -> int:
         stage = self.site.match.stages[-1]
@@ -211,6 +181,38 @@ class SiteLowering:
         if own == -(-weight.in_features // self.group.size):
             return shard
         return self.emit(torch.narrow, shard, dim, 0, own)
+
+
+def own_to_cut(emit: Emit, group: ComponentGroup, x: Any, rows: Any, cut: WeightCut) -> Any:
+    """[rows, W] -> [k*rows, W/k]: each rank gets its features of everyone's tokens.
+
+    cut: of the weight that takes these features, along its inputs.
+    """
+    k, width = group.size, cut.block_width(group.size)
+    padding = k * width - cut.shape[cut.dim]
+    if padding:
+        x = emit(F.pad, x, (0, padding))
+    parts = emit(torch.reshape, x, (rows, k, width))
+    by_rank = emit(torch.transpose, parts, 0, 1)
+    # explicit sizes: a -1 would make the number of rows a guard
+    every = rows * k if isinstance(rows, int) else emit(operator.mul, rows, k)
+    return collectives.all_to_all(emit, group, emit(torch.reshape, by_rank, (every, width)), rows)
+
+
+def cut_to_own(emit: Emit, group: ComponentGroup, x: Any, rows: Any, cut: WeightCut) -> Any:
+    """[k*rows, W/k] -> [rows, W]: each rank gets all features of its own tokens.
+
+    cut: of the weight that made these features, along its outputs.
+    """
+    k, blocks, width = group.size, cut.blocks, cut.block_width(group.size)
+    block = cut.shape[cut.dim] // blocks
+    parts = collectives.all_to_all(emit, group, x, rows)
+    by_rank = emit(torch.reshape, parts, (k, rows, blocks, width))
+    by_token = emit(torch.permute, by_rank, (1, 2, 0, 3))
+    whole = emit(torch.reshape, by_token, (rows, blocks, k * width))
+    if k * width > block:
+        whole = emit(torch.narrow, whole, 2, 0, block)
+    return emit(torch.reshape, whole, (rows, blocks * block))
 
 
 def flatten_tokens(emit: Emit, site: PlannedSite, x: Any) -> Any:

@@ -40,7 +40,8 @@ class ModelSummary(BaseModel):
     by heads. kv_heads, attention_heads: what tensor parallelism cuts. plan: the sites of all its
     components (at two ranks; the size does not matter to costs). experts, others: elements of
     routed experts' weights, and of every other parameter that no component has; linears: how many
-    of the others' are matmul weights. quantization: what the config declares, or None.
+    of the others' are matmul weights. quantization: the scheme that the
+    config declares, which the cost model may not know, or None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

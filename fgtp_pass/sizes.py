@@ -1,7 +1,7 @@
 """Group sizes as users write them, by component. Imports no torch: the command line starts fast."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -28,11 +28,16 @@ def config_error(message: str) -> Exception:
     return ConfigError(message)
 
 
-def unknown(what: str, given: str, known: Mapping[str, Any] | Sequence[str], where: str) -> str:
+def nearest_hint(given: object, known: Iterable[str]) -> str:
+    """What may have been meant by a name that is not known, as a sentence to append."""
+    names = list(known)
+    nearest = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
+    return f" Did you mean {nearest[0]!r}?" if nearest else f" Known: {', '.join(names)}."
+
+
+def unknown(what: str, given: str, known: Iterable[str], where: str) -> str:
     """A sentence about a name that nobody knows, with the nearest one that somebody does."""
-    nearest = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Known: {', '.join(known)}."
-    return f"unknown {what} {given!r} in {where}.{hint}"
+    return f"unknown {what} {given!r} in {where}.{nearest_hint(given, known)}"
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,15 @@ def _symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int | None]
 class Step:
     """What Dynamo calls in place of the graph.
 
-    shards: the positions of sharded parameters among the inputs.
+    shards: the positions of sharded parameters among the inputs. packed: those of them that the
+    graph takes packed.
     council: the ranks to meet before each run; None if token counts are not checked.
     idle: runs this graph's collectives for a rank without tokens.
     """
 
     compiled: Callable[..., Any]
     shards: tuple[int, ...]
+    packed: frozenset[int]
     counter: TokenCounter
     sites: int
     council: Council | None
@@ -113,7 +115,7 @@ class Step:
             # shard is the argument's own, not the one that was compiled with.
             record = record_of(inputs[position])
             assert record is not None, "Dynamo guards on the class of its inputs"
-            inputs[position] = record.shard
+            inputs[position] = record.for_graph(position in self.packed)
         self.idle.remember(inputs)
         if self.council is not None:
             inputs += self._meet(self.council, self.counter(args))

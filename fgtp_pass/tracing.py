@@ -18,8 +18,6 @@ from fgtp_pass.plan import Plan
 from fgtp_pass.planning import make_plan, snapshot_graphs
 
 _TRACED_RANKS = 2  # any size > 1: neither sites nor paths depend on it
-# what configs declare -> the schemes of fgtp_pass.cost.shape
-_QUANTIZATIONS = {"fp8": "fp8", "awq": "w4a16", "gptq": "w4a16"}
 
 Progress = Callable[[str], None]
 
@@ -60,7 +58,6 @@ def trace_summary(name: str, config: Mapping[str, Any], progress: Progress) -> M
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     latent = getattr(text, "kv_lora_rank", None)
-    declared = (config.get("quantization_config") or {}).get("quant_method", "")
     return ModelSummary(
         name=name,
         architecture=type(model).__name__,
@@ -70,7 +67,7 @@ def trace_summary(name: str, config: Mapping[str, Any], progress: Progress) -> M
         kv_heads=kv_heads,
         kv_width=latent + text.qk_rope_head_dim if latent else 2 * kv_heads * head_dim,
         latent=bool(latent),
-        quantization=_QUANTIZATIONS.get(declared),
+        quantization=declared_quantization(config),
         experts=sum(p.numel() for p in rest if p.dim() == 3),
         linears=sum(p.numel() for p in rest if p.dim() == 2),
         others=sum(p.numel() for p in rest if p.dim() != 3),
@@ -80,6 +77,15 @@ def trace_summary(name: str, config: Mapping[str, Any], progress: Progress) -> M
         ),
         plan=plan,
     )
+
+
+def declared_quantization(config: Mapping[str, Any]) -> str | None:
+    """The scheme that a config declares, in the words of `fgtp_pass.cost.shape`, or its own."""
+    declared = config.get("quantization_config") or {}
+    method = declared.get("quant_method")
+    if method in ("awq", "gptq"):
+        return f"w{declared.get('bits', 4)}a16"
+    return str(method) if method else None
 
 
 def plan_model(model: nn.Module, progress: Progress = lambda _: None) -> Plan:

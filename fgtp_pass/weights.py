@@ -6,7 +6,7 @@ that; its memory is freed, and reading it raises.
 
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fgtp_pass import packing
 from fgtp_pass.collectives import ComponentGroup
 from fgtp_pass.errors import ShardedWeightError
 from fgtp_pass.plan import Plan, WeightCut, merge
@@ -24,14 +25,20 @@ from fgtp_pass.shards import cut_local, gather_weight
 class ShardRecord:
     """What a sharded parameter carries.
 
-    shard: this rank's part, contiguous, padded with zeros. cut, group: how to get the rest.
-    plan: the plan that cut it.
+    shard: this rank's part, contiguous, padded with zeros; packed or plain (`packing`). cut, group:
+    how to get the rest. plan: the plan that cut it.
     """
 
     shard: torch.Tensor
     cut: WeightCut
     group: ComponentGroup
     plan: Plan
+
+    def for_graph(self, takes_packed: bool) -> torch.Tensor:
+        """The shard, to call a graph with; one that cannot take it packed unpacks it for good."""
+        if not takes_packed:
+            packing.unpack(self.shard)
+        return self.shard
 
 
 def _metadata_reads() -> set[Any]:
@@ -120,11 +127,13 @@ def record_of(value: object) -> ShardRecord | None:
 
 
 def shard_parameters(
-    parameters: Mapping[nn.Parameter, tuple[WeightCut, ComponentGroup]], plan: Plan
+    parameters: Mapping[nn.Parameter, tuple[WeightCut, ComponentGroup]],
+    plan: Plan,
+    packed: Set[nn.Parameter],
 ) -> int:
     """Replace the data of each parameter by this rank's shard and free the rest.
 
-    Returns how many were not sharded before.
+    packed: those whose shards are packed. Returns how many were not sharded before.
 
     Idempotent: a parameter that is sharded already is left as it is. Peak memory is the full
     model plus one weight, since one parameter is freed before the next is cut.
@@ -133,13 +142,17 @@ def shard_parameters(
     progress = tqdm(todo.items(), desc="sharding weights", unit="weight", disable=None, leave=False)
     with torch.inference_mode(False), torch.no_grad():
         for parameter, (cut, group) in progress:
-            _shard(parameter, cut, group, plan)
+            shard = _shard(parameter, cut, group, plan)
+            if parameter in packed:  # now that the full one is freed
+                packing.pack(shard)
     if any(parameter.device.type == "cpu" for parameter in todo):
         _return_freed_memory()
     return len(todo)
 
 
-def _shard(parameter: nn.Parameter, cut: WeightCut, group: ComponentGroup, plan: Plan) -> None:
+def _shard(
+    parameter: nn.Parameter, cut: WeightCut, group: ComponentGroup, plan: Plan
+) -> torch.Tensor:
     full = parameter.data
     shard = cut_local(full, cut, group.size, group.rank)
     # Equal metadata, no memory. The old storage goes when its last user lets go of it, which
@@ -149,6 +162,7 @@ def _shard(parameter: nn.Parameter, cut: WeightCut, group: ComponentGroup, plan:
     parameter.data = hollow
     parameter._fgtp_record = ShardRecord(shard, cut, group, plan)  # type: ignore[attr-defined]
     parameter.__class__ = ShardedParameter
+    return shard
 
 
 def _return_freed_memory() -> None:
@@ -166,7 +180,8 @@ def _run(target: Any, *args: Any, **kwargs: Any) -> Any:
 def gather_full(record: ShardRecord) -> torch.Tensor:
     """The full parameter, on every rank of the group. Collective."""
     with torch.inference_mode(False), torch.no_grad():
-        whole: torch.Tensor = gather_weight(_run, record.group, record.cut, record.shard)
+        shard = packing.plain(record.shard)
+        whole: torch.Tensor = gather_weight(_run, record.group, record.cut, shard)
         return whole.contiguous()
 
 
@@ -231,8 +246,11 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def shard_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's part: shards of what is sharded, everything else as it is. Not collective."""
-    return _state_dict(model, lambda record: record.shard)
+    """This rank's part: shards of what is sharded, everything else as it is. Not collective.
+
+    Shards that are packed come as plain copies.
+    """
+    return _state_dict(model, lambda record: packing.plain(record.shard))
 
 
 def _state_dict(model: nn.Module, read: Any) -> dict[str, torch.Tensor]:

@@ -12,12 +12,12 @@ from fgtp_pass.cost.estimate import Cluster
 from fgtp_pass.cost.hardware import load
 from fgtp_pass.cost.memory import Load, latent_cache, tensor_parallel
 from fgtp_pass.cost.report import Report, make_report
-from fgtp_pass.cost.shape import component_shapes
+from fgtp_pass.cost.shape import component_shapes, precision
 from fgtp_pass.cost.spelling import mindie, read_sizes, sglang, vllm_command
 from fgtp_pass.models import ComponentKey, ModelSummary, summarize
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan import itemsize
-from fgtp_pass.tracing import _call, plan_model
+from fgtp_pass.tracing import _call, declared_quantization, plan_model
 
 GIB = 2**30
 
@@ -257,6 +257,23 @@ def test_summaries_are_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert not said
     path.write_text(json.dumps(zoo.config("llama", num_hidden_layers=3).to_dict()))
     assert summarize(str(path)).layers == 3
+
+
+@pytest.mark.parametrize(
+    ("declared", "scheme"),
+    [
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "awq", "bits": 4}, "w4a16"),
+        ({"quant_method": "gptq", "bits": 8}, "w8a16"),
+        ({"quant_method": "unheard-of"}, "unheard-of"),
+        (None, None),
+    ],
+)
+def test_declared_quantization(declared: Any, scheme: str | None) -> None:
+    assert declared_quantization({"quantization_config": declared}) == scheme
+    if scheme == "unheard-of":
+        with pytest.raises(ConfigError, match=r"unknown scheme 'unheard-of'.*fp8"):
+            precision("bfloat16", scheme, "mlp")
 
 
 def test_itemsizes_are_torchs() -> None:

@@ -71,7 +71,7 @@ def page_data(report: Report) -> dict[str, Any]:
         "commands": {
             _key(sizes): _command(report, sizes) for sizes in (*uniform, *recommended, report.sizes)
         },
-        "lanes": _lanes(report.shapes.values()),
+        "lanes": _lanes(report.shapes.values(), divisors(size)),
         "usable_share": USABLE,
         "derivations": [
             {"title": title, "text": _paragraphs(function.__doc__)} for title, function in _DERIVED
@@ -149,7 +149,7 @@ def _paragraphs(docstring: str | None) -> list[str]:
 # the diagram ------------------------------------------------------------------------------------
 
 
-def _lanes(shapes: Iterable[ComponentShape]) -> list[dict[str, Any]]:
+def _lanes(shapes: Iterable[ComponentShape], group_sizes: list[int]) -> list[dict[str, Any]]:
     """The sites of one layer and of what stands around the layers, each as a lane to draw.
 
     The layer is the first of those with most components.
@@ -159,7 +159,7 @@ def _lanes(shapes: Iterable[ComponentShape]) -> list[dict[str, Any]]:
     shown = min(layers, key=lambda layer: (-layers[layer], layer), default=None)
     counts = Counter(site.component for site in sites)
     lanes = {
-        site.component: _lane(site, counts[site.component])
+        site.component: _lane(site, counts[site.component], group_sizes)
         for site in reversed(sites)
         if _layer(site) in (shown, None)
     }
@@ -172,10 +172,10 @@ def _layer(site: Site) -> int | None:
     return int(found[1]) if found else None
 
 
-def _lane(site: Site, count: int) -> dict[str, Any]:
+def _lane(site: Site, count: int, group_sizes: list[int]) -> dict[str, Any]:
     layer = _layer(site)
     widths = iter(site.widths)
-    stages = iter(_stages(site))
+    stages = iter(_stages(site, group_sizes))
     steps: list[dict[str, Any]] = []
     for move, applied, placement in re.findall(r"(?:-(\w+)->|x W\[(\w+)/k\] ->) (\w+)", site.path):
         if move:
@@ -192,18 +192,20 @@ def _lane(site: Site, count: int) -> dict[str, Any]:
     }
 
 
-def _stages(site: Site) -> list[list[dict[str, Any]]]:
+def _stages(site: Site, group_sizes: list[int]) -> list[list[dict[str, Any]]]:
     """The weight matrices of each stage: runs of matrices that are cut along the same dim."""
     matrices = [weight for weight in site.weights if len(weight.shape) == 2]
     runs = [list(run) for _, run in groupby(matrices, key=lambda weight: weight.cut_dim)]
     if len(runs) != len(site.cuts):
         runs = [matrices]
-    return [[_matrix(weight) for weight in run] for run in runs]
+    return [[_matrix(weight, group_sizes) for weight in run] for run in runs]
 
 
-def _matrix(weight: WeightCut) -> dict[str, Any]:
+def _matrix(weight: WeightCut, group_sizes: list[int]) -> dict[str, Any]:
     return {
         "name": weight.fqn.removesuffix(".weight").rpartition(".")[2],
         "shape": list(weight.shape),
         "cut_dim": weight.cut_dim,
+        "blocks": weight.blocks,
+        "shards": {str(k): list(weight.shard_shape(k)) for k in group_sizes},
     }

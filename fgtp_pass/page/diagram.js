@@ -95,9 +95,8 @@ function weightsRow(svg, lane, step, ranks, size, y) {
     }
   }
   step.weights.forEach((weight, i) => {
-    const shard = [...weight.shape];
-    if (size > 1) shard[weight.cut_dim] = Math.ceil(shard[weight.cut_dim] / size);
-    const shapes = size > 1 ? `${dims(weight.shape)} \u2192 ${dims(shard)}` : dims(weight.shape);
+    const shard = size > 1 ? ` \u2192 ${dims(weight.shards[size])}` : "";
+    const shapes = dims(weight.shape) + shard;
     note(svg, y + 15 + 16 * i, `${weight.name} ${shapes}`, "");
   });
   if (size > 1) note(svg, y + 15 + 16 * step.weights.length, `cut by ${CUTS[step.cut]}`);
@@ -108,17 +107,17 @@ function weightsRow(svg, lane, step, ranks, size, y) {
 /** A weight as its outline, and what the rank holds of it filled in. */
 function weightBox(x, y, width, weight, size, rank, color) {
   const whole = { x, y, width, height: LANE.box };
-  const held = { ...whole };
+  const [start, length] = weight.cut_dim === 0 ? ["y", "height"] : ["x", "width"];
+  const block = whole[length] / weight.blocks;
   const part = size > 1 ? rank : 0;
-  if (weight.cut_dim === 0) {
-    held.height = LANE.box / size;
-    held.y = y + part * held.height;
-  } else {
-    held.width = width / size;
-    held.x = x + part * held.width;
-  }
-  const outline = { ...whole, fill: "var(--card)", stroke: color, "stroke-dasharray": size > 1 ? "3 3" : "0" };
-  return [shape("rect", outline), shape("rect", { ...held, fill: color })];
+  const held = Array.from({ length: weight.blocks }, (_, i) => ({
+    ...whole,
+    [start]: whole[start] + i * block + (part * block) / size,
+    [length]: block / size,
+  }));
+  const dashes = size > 1 ? "3 3" : "0";
+  const outline = { ...whole, fill: "var(--card)", stroke: color, "stroke-dasharray": dashes };
+  return [shape("rect", outline), ...held.map((one) => shape("rect", { ...one, fill: color }))];
 }
 
 function dims(sizes) {

@@ -47,8 +47,7 @@ def _draw_memory(axes: Axes, report: Report) -> None:
             textcoords="offset points",
             va="center",
         )
-    axes.margins(x=0.45)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.6 * max(whole))
     axes.invert_yaxis()
     axes.set_xlabel("GiB of weights on a rank")
 

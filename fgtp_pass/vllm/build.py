@@ -1,0 +1,102 @@
+"""Building a model with born-sharded layers: plan, agree with the other ranks, build."""
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed.parallel_state import get_dp_group
+
+from fgtp_pass.agreement import Act, ranks_on_smallest_host, telling, wide_council
+from fgtp_pass.collectives import DataParallelGroup, data_parallel_group
+from fgtp_pass.errors import FgtpError
+from fgtp_pass.plan import Plan, format_bytes
+from fgtp_pass.versions import library_versions
+from fgtp_pass.vllm import host
+from fgtp_pass.vllm.layers import LAYER_CLASSES, register
+from fgtp_pass.vllm.logits import Exchange, ShardedLogitsProcessor
+from fgtp_pass.vllm.settings import check_engine, read_settings
+from fgtp_pass.vllm.sites import Construction, constructing, plan_model
+
+log = logging.getLogger("vllm.fgtp_pass")
+
+
+def build_model(
+    stock: Callable[..., nn.Module],
+    loader: Any,
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+    prefix: str,
+) -> nn.Module:
+    """What `BaseModelLoader.create_model` does, with planned layers born sharded.
+
+    Draft models are built as they are. The model carries its `Plan` as `fgtp_plan`.
+    """
+    settings = read_settings(vllm_config.compilation_config, vllm_config.additional_config)
+    if settings is None or model_config is not vllm_config.model_config:
+        return stock(loader, vllm_config, model_config, prefix)
+    host.check_host()
+    check_engine(vllm_config)
+    register({**LAYER_CLASSES, "LogitsProcessor": ShardedLogitsProcessor})
+    coordinator = get_dp_group()
+    group = data_parallel_group(
+        coordinator.device_group, timedelta(seconds=settings.timeout_seconds)
+    )
+    council = wide_council(group)
+    with telling(council):
+        sizes = settings.sizes.resolve(group.size, ranks_on_smallest_host(group))
+        plan, roles = plan_model(vllm_config, settings.sizes, sizes, group.size)
+    council.meet_equal(
+        {"plan": plan.fingerprint, "vllm": host.vllm_version(), **library_versions()}
+    )
+    groups = {size: group.component_group(size) for size in sorted({*sizes.values()} - {1})}
+    construction = Construction(roles, groups)
+    with telling(council), constructing(construction):
+        model = stock(loader, vllm_config, model_config, prefix)
+        _check_real(model)
+    council.meet(Act.SHARD, words="built")
+    _give_head_to_logits(model, plan, group)
+    _report(plan, group, model)
+    model.fgtp_plan = plan  # type: ignore[assignment]
+    return model
+
+
+def _check_real(model: nn.Module) -> None:
+    """Raise FgtpError if the model shares a tensor with the one that was built for planning."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise FgtpError(
+                f"{name} has no data: vLLM keeps it in a table that fgtp_pass does not know of. "
+                'Please report this model; without "fgtp" in passes it runs unsharded.'
+            )
+
+
+def _give_head_to_logits(model: nn.Module, plan: Plan, group: DataParallelGroup) -> None:
+    """Tell the layer that `compute_logits` uses how to exchange rows."""
+    heads = {w.fqn: s.group_size for s in plan.sites if s.component == "lmhead" for w in s.weights}
+    for layer in model.modules():
+        sharded = getattr(layer, "fgtp", None)
+        if sharded is not None and sharded.weight.fqn in heads:
+            size = heads[sharded.weight.fqn]
+            layer.fgtp_exchange = Exchange(  # type: ignore[assignment]
+                sharded, group.control_group(size)
+            )
+
+
+def _report(plan: Plan, group: DataParallelGroup, model: nn.Module) -> None:
+    """One line per component group, from its first rank; the whole plan for who debugs."""
+    sizes = {site.component: site.group_size for site in plan.sites}
+    largest = max(sizes.values(), default=1)
+    if group.rank % largest == 0:
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        log.info(
+            "fgtp: ranks %d to %d share %s; %s of weights per rank, %s freed",
+            group.rank,
+            group.rank + largest - 1,
+            ", ".join(f"{component} over {size}" for component, size in sizes.items()),
+            format_bytes(held),
+            format_bytes(plan.bytes_saved_per_rank),
+        )
+        log.debug("%s", plan)

