@@ -1,10 +1,11 @@
 """What the cost model predicts for a decode step on this machine, against what is measured.
 
 The model, ranks and timing are those of decode_step.py. First both ranks calibrate: memory
-bandwidth, matmul rate and collectives, with the same matmul that the model runs as. Then each
-component by itself, and all together, are sharded in turn and timed against plain data
-parallelism, interleaved; token counts are not checked at run time (check_tokens=False), so that a
-step's collectives are those of the plan.
+bandwidth, matmul rate and collectives. Then each component by itself, and all together, are sharded
+in turn and timed against plain data parallelism, interleaved. All linears that are not sharded are
+packed like shards, on both sides, so that a change is due to sharding and not to another matmul
+(decode_step.py measures that). Token counts are not checked at run time (check_tokens=False), so
+that a step's collectives are those of the plan.
 
 `agrees` compares signs of the predicted and the measured change. A measured change counts only if
 it exceeds its spread: the p10 to p90 range of the differences between neighbouring steps does not
@@ -32,6 +33,7 @@ from common import (
 )
 
 import fgtp_pass
+from fgtp_pass import packing
 from fgtp_pass.collectives import data_parallel_group
 from fgtp_pass.cost.calibrate import measure
 from fgtp_pass.cost.estimate import Cluster, step_seconds
@@ -40,22 +42,23 @@ from fgtp_pass.cost.shape import component_shapes
 from fgtp_pass.plan import Plan
 
 WORLD, COMPONENTS = decode_step.WORLD, decode_step.COMPONENTS
+# a part of the names of each component's linears, in this one model
+_MODULES = {"embedding": "no linear", "lmhead": "lm_head", "oproj": "o_proj", "mlp": ".mlp."}
 VARIANTS = {name: (name,) for name in COMPONENTS} | {"all": COMPONENTS}
 
 
 @torch.no_grad()
 def rank_main(
-    shape: dict[str, int], counts: list[int], repetitions: int, at_realtime: bool, gemm: str
+    shape: dict[str, int], counts: list[int], repetitions: int, at_realtime: bool
 ) -> dict[str, Any]:
     """On every rank: the calibration, the plan of all components, times by count and variant."""
     torch._inductor.config.compile_threads = 1
-    if gemm == "onednn":
-        torch._inductor.config.post_grad_custom_post_pass = decode_step.OneDnn()
     warnings.filterwarnings("ignore")
     group = data_parallel_group(None, timedelta(seconds=300))
-    profile = measure(group, torch.device("cpu"), [torch.float32], decode_step.linear)
-    whole, cut = (decode_step.build(shape, torch.float32) for _ in range(2))
-    others = _linear_elements(whole)
+    profile = measure(group, torch.device("cpu"), [torch.float32])
+    whole = decode_step.pack_linears(decode_step.build(shape, torch.float32))
+    cut = decode_step.build(shape, torch.float32)
+    linears = {n: m for n, m in cut.named_modules() if isinstance(m, torch.nn.Linear)}
     plans: dict[str, Plan] = {}
     results = []
     for count in counts:
@@ -65,6 +68,10 @@ def rank_main(
         plain = decode_step.decoder(torch.compile(whole, dynamic=False), whole.config, ids)
         want = plain()
         for name, components in VARIANTS.items():
+            left = [m for n, m in linears.items() if not any(_MODULES[c] in n for c in components)]
+            for module in left:
+                packing.pack(module.weight)
+                module.__class__ = decode_step.PackedLinear
             config = {f"{component}_tensor_parallel_size": WORLD for component in components}
             options = {"finegrained_tp_config": config, "check_tokens": False}
             fast = torch.compile(
@@ -80,28 +87,17 @@ def rank_main(
             times = interleave(pair, repetitions, 3, dist.barrier, at_realtime)
             results.append({"tokens": count, "variant": name, "times": times})
             fgtp_pass.unshard(cut)
+            for module in left:
+                packing.unpack(module.weight)
+                module.__class__ = torch.nn.Linear
+    sharded = plans["all"].cuts().keys()
+    rest = [m.weight.numel() for n, m in linears.items() if f"{n}.weight" not in sharded]
     return {
         "hardware": profile.model_dump_json(),
         "plan": plans["all"].to_json(),
-        "linears": others - sum(w.numel() for w in _cut_linears(cut, plans["all"])),
+        "linears": sum(rest),
         "results": results,
     }
-
-
-def _linear_elements(model: torch.nn.Module) -> int:
-    """Elements of all matmul weights: of every matrix but the token table."""
-    return sum(
-        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
-    )
-
-
-def _cut_linears(model: torch.nn.Module, plan: Plan) -> list[torch.Tensor]:
-    linears = {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    return [linears[fqn] for fqn in plan.cuts() if fqn in linears]
 
 
 def compare(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,15 +143,12 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--tokens", type=integers, default=[1, 2, 4, 8, 16, 32])
     arguments.add_argument("--repetitions", type=int, default=24)
-    arguments.add_argument("--gemm", choices=("onednn", "default"), default="onednn")
     add_realtime(arguments)
     arguments.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark")
     given = arguments.parse_args()
     at = machine()
     shape = decode_step.TINY if given.tiny else decode_step.SHAPE
-    per_rank = run_ranks(
-        WORLD, rank_main, shape, given.tokens, given.repetitions, given.realtime, given.gemm
-    )
+    per_rank = run_ranks(WORLD, rank_main, shape, given.tokens, given.repetitions, given.realtime)
     compared = compare(per_rank)
     verdicts = [one["agrees"] for one in compared if one["certain"]]
     summary = {
@@ -187,7 +180,6 @@ def main() -> None:
             "benchmark": "predicted_vs_measured",
             "machine": at | {"realtime": given.realtime},
             "model": shape,
-            "gemm": given.gemm,
             "calibration": Hardware.model_validate_json(per_rank[0]["hardware"]).model_dump(),
             "summary": summary,
             "results": compared,

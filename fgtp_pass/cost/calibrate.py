@@ -18,14 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fgtp_pass import collectives
+from fgtp_pass import collectives, packing
 from fgtp_pass.algebra import Collective, sent_bytes
 from fgtp_pass.collectives import ComponentGroup, DataParallelGroup
 from fgtp_pass.cost.hardware import Calibration, CollectiveTime, Constant, Hardware, Link, Overlap
 from fgtp_pass.plan import itemsize
 from fgtp_pass.sizes import divisors
-
-Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _WIDTH = 2048  # a weight is [2048, 2048]: 16 MiB in fp32, more than a core's share of a cache
 _WEIGHTS = 6
@@ -40,18 +38,17 @@ def measure(
     group: DataParallelGroup,
     device: torch.device,
     dtypes: Sequence[torch.dtype],
-    linear: Linear = F.linear,
 ) -> Hardware:
     """A profile of the devices and links of a data-parallel group. Collective; takes seconds.
 
     Ranks measure at the same time, since those of a node share memory and links; a time is that of
-    the slowest rank. dtypes: to measure a matmul rate for; all else is measured with the first.
-    linear: what the model's matmuls will run as. All ranks get the same profile.
+    the slowest rank. Matmuls are those that shards run as. dtypes: to measure a matmul rate for;
+    all else is measured with the first. All ranks get the same profile.
     """
     rows = _ROWS if device.type == "cpu" else _ACCELERATOR_ROWS
     with torch.no_grad():
         matmuls = {
-            (str(dtype).removeprefix("torch."), n): _matmul_chain(group, weights, n, linear)
+            (str(dtype).removeprefix("torch."), n): _matmul_chain(group, weights, n)
             for dtype in dtypes
             for weights in [_weights(device, dtype)]
             for n in rows
@@ -59,7 +56,7 @@ def measure(
         weights = _weights(device, dtypes[0])
         sizes = [k for k in divisors(group.size) if k > 1]
         moves = {
-            (kind, k, n): _collective_chain(group, kind, k, n, weights, linear)
+            (kind, k, n): _collective_chain(group, kind, k, n, weights)
             for k in sizes
             for kind in Collective
             for n in _TOKENS
@@ -68,7 +65,18 @@ def measure(
 
 
 def _weights(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    return [_random(_WIDTH, _WIDTH, device=device, dtype=dtype) for _ in range(_WEIGHTS)]
+    weights = [_random(_WIDTH, _WIDTH, device=device, dtype=dtype) for _ in range(_WEIGHTS)]
+    for weight in weights:
+        if packing.supports(weight):
+            packing.pack(weight)
+    return weights
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if weight.device.type != "cpu":
+        return F.linear(x, weight)
+    out: torch.Tensor = torch.ops.fgtp_pass.linear(x, weight, None)
+    return out
 
 
 def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -77,7 +85,7 @@ def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tens
 
 
 def _matmul_chain(
-    group: DataParallelGroup, weights: Sequence[torch.Tensor], rows: int, linear: Linear
+    group: DataParallelGroup, weights: Sequence[torch.Tensor], rows: int
 ) -> list[float]:
     """Seconds of one matmul with `rows` rows, by repetition."""
     first = _random(rows, _WIDTH, device=weights[0].device, dtype=weights[0].dtype)
@@ -85,7 +93,7 @@ def _matmul_chain(
     def chain() -> None:
         x = first
         for weight in weights:
-            x = linear(x, weight)
+            x = _linear(x, weight)
 
     return [seconds / len(weights) for seconds in _times(group, chain)]
 
@@ -96,7 +104,6 @@ def _collective_chain(
     size: int,
     tokens: int,
     weights: Sequence[torch.Tensor],
-    linear: Linear,
 ) -> list[float]:
     """Seconds that one collective adds to a chain of matmuls, by repetition.
 
@@ -109,7 +116,7 @@ def _collective_chain(
     def chain(moving: bool) -> None:
         row, moved = x, data
         for weight in weights:
-            row = linear(row, weight)
+            row = _linear(row, weight)
             if moving:
                 moved[:1] = row
                 moved = _move(members, kind, moved, tokens)

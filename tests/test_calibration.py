@@ -1,0 +1,49 @@
+"""Constants from times: what is known is found again."""
+
+from itertools import product
+
+import pytest
+
+from fgtp_pass.algebra import Collective, sent_bytes
+from fgtp_pass.cost.calibrate import _fit_collective, _spread, fit_roofline
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.35, 1.0])
+@pytest.mark.parametrize("row", [1e-6, 2e-5, 1e-3])
+def test_a_roofline_is_found_again(overlap: float, row: float) -> None:
+    reading = 1e-3
+    times = {n: max(reading, row * n) + (1 - overlap) * min(reading, row * n) for n in ROWS}
+    m, c, o = fit_roofline(times)
+    fitted = {n: max(m, c * n) + (1 - o) * min(m, c * n) for n in ROWS}
+    assert fitted == pytest.approx(times, rel=1e-6)
+    if row == 2e-5:  # both sides of the bend are seen, so the constants are unique
+        assert (m, c, o) == pytest.approx((reading, row, overlap), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", list(Collective))
+def test_a_collective_is_found_again(kind: Collective) -> None:
+    base, peer, bandwidth, row_bytes = 2e-5, 3e-6, 5e9, 8192
+    moves = {
+        (kind, k, n): [base + peer * (k - 1) + n * sent_bytes(kind, row_bytes, k) / bandwidth] * 3
+        for k, n in product((2, 4, 8), (4, 32, 128))
+    }
+    found = _fit_collective(kind, moves, (2, 4, 8), row_bytes, "made up")
+    assert found.base_seconds == pytest.approx(base, rel=1e-3)
+    assert found.seconds_per_peer == pytest.approx(peer, rel=1e-3)
+    assert found.bytes_per_second == pytest.approx(bandwidth, rel=1e-3)
+
+
+def test_noise_gives_no_impossible_constants() -> None:
+    kind = Collective.ALL_GATHER
+    moves = {(kind, 2, n): [t] * 3 for n, t in ((4, 9e-4), (32, 5e-4), (128, 2e-4))}
+    found = _fit_collective(kind, moves, (2,), 8192, "made up")
+    assert found.base_seconds >= 0
+    assert found.bytes_per_second > 0
+    assert found.seconds_per_peer == 0
+
+
+def test_spread_is_relative() -> None:
+    assert _spread([1.0] * 11) == 0
+    assert _spread([float(v) for v in range(1, 12)]) == pytest.approx(8 / 6, abs=1e-3)
