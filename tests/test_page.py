@@ -251,6 +251,9 @@ def test_it_shows_the_tables_figures(opened: Callable[..., Any], report: Report)
     ]
     assert page.locator("#tpot circle.crossover").count() == 4  # three components and the total
     assert page.locator("#command").inner_text() == report.command
+    page.locator("#copy").click()
+    page.get_by_text(re.compile("^(Copied|Selected)$")).wait_for()
+    assert page.evaluate("getSelection().toString()") == report.command
     lanes = page.locator("#diagram svg")
     assert lanes.count() == 4
     assert "o_proj 7168 \u00d7 16384 \u2192 7168 \u00d7 2048" in lanes.nth(1).inner_html()

@@ -217,8 +217,13 @@ function start() {
   slider("group", SETTINGS.length, 0);
   slider("hardware", DATA.devices.length, DATA.devices.findIndex((d) => d.name === DATA.hardware));
   byId("copy").addEventListener("click", async () => {
-    await navigator.clipboard.writeText(byId("command").textContent);
-    byId("copy").textContent = "Copied";
+    getSelection().selectAllChildren(byId("command"));
+    try {
+      await navigator.clipboard.writeText(byId("command").textContent);
+      byId("copy").textContent = "Copied";
+    } catch {
+      byId("copy").textContent = "Selected"; // browsers may keep a local file from the clipboard
+    }
   });
   render();
 }

@@ -7,9 +7,10 @@ const GRAYS = {
   "KV cache": "var(--g2)",
 };
 
-/** Bytes in the largest binary unit below them, or below `like`. */
+/** Bytes in the largest binary unit below them; in that of `like`, if they are not far below it. */
 function bytesText(count, like = count) {
   if (count < 0.5) return "0";
+  if (count < like / 1000) like = count;
   for (const unit of ["B", "KiB", "MiB"]) {
     if (like < 1024) return `${count.toFixed(unit === "B" ? 0 : 1)} ${unit}`;
     count /= 1024;
