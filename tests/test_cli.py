@@ -54,6 +54,19 @@ def test_plan_prints_a_table_and_last_the_command(
     assert "attention: data parallel" in out
 
 
+def test_plan_writes_a_page_and_a_plot(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str
+) -> None:
+    page, plot = tmp_path / "report.html", tmp_path / "report.png"
+    words = ("plan", config, "--hardware", "h200", "--html", str(page), "--png", str(plot))
+    status, out, err = run(capsys, *words)
+    assert status == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert f"written to {page}" in err
+    assert out.rstrip().splitlines()[-1].startswith("vllm serve")
+
+
 def test_plan_as_json(capsys: pytest.CaptureFixture[str], config: str) -> None:
     words = ("plan", config, "--hardware", "h200", "--json", "--objective", "memory")
     status, out, _ = run(capsys, *words, "--auto", "--data-parallel-size", "4")
@@ -152,6 +165,8 @@ def test_every_constant_has_a_source(name: str) -> None:
         (("explain", "CONFIG", "--layer", "99"), "the model has 3, from 0 on"),
         (("hardware", "tpu"), "unknown hardware 'tpu'"),
         (("calibrate", "--output", "x.toml", "--dtypes", "float33"), "no dtype 'float33'"),
+        (("plan", "CONFIG", "--hardware", "h200", "--html", "/no/x.html"), "cannot be written"),
+        (("plan", "CONFIG", "--hardware", "h200", "--png", "/no/x.png"), "cannot be written"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -213,6 +228,7 @@ def python(program: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
         ("rich", ["--help"], "cli"),
         ("transformers", ["plan", "Qwen/Qwen3-32B", "--hardware", "h200"], "cli"),
         ("tomli_w", ["calibrate", "--output", "x.toml"], "cli"),
+        ("matplotlib", ["plan", "Qwen/Qwen3-32B", "--hardware", "h200", "--png", "x.png"], "plot"),
     ],
 )
 def test_missing_packages_name_the_extra(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from fgtp_pass.cost.report import Report
     from fgtp_pass.models import ModelSummary
 
 _NOISY = 0.5  # spread of a measurement above which it is worth repeating
@@ -64,6 +66,8 @@ def plan(
     objective: Annotated[
         str, typer.Option(help="What to choose sizes for: latency, memory or balanced.")
     ] = "balanced",
+    html: Annotated[Path | None, typer.Option(help="Write a page to look at, one file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a static plot.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """What each component saves and costs, what fits in memory, and the sizes to take."""
@@ -73,10 +77,13 @@ def plan(
     from fgtp_pass.cost.memory import Load
     from fgtp_pass.cost.report import make_report
     from fgtp_pass.cost.spelling import read_sizes
+    from fgtp_pass.models import needs_extra
     from fgtp_pass.sizes import config_error
 
     if auto and sizes is not None:
         raise config_error("--auto and --sizes: give one of them")
+    if png is not None and find_spec("matplotlib") is None:
+        raise needs_extra("plot", "plots")
     device = load(hardware)
     summary = _summarize(model)
     scheme = summary.quantization if quantization is None else quantization
@@ -89,10 +96,29 @@ def plan(
         objective=read_objective(objective),
         asked=None if sizes is None else read_sizes(sizes, summary.keys),
     )
+    if html is not None:
+        from fgtp_pass.page.render import write_page
+
+        _write(write_page, report, html)
+    if png is not None:
+        from fgtp_pass.page.plot import write_plot
+
+        _write(write_plot, report, png)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
         show_report(report, Console())
+
+
+def _write(write: Callable[["Report", Path], None], report: "Report", path: Path) -> None:
+    """Write a file; says so on stderr, since the command to paste comes last on stdout."""
+    try:
+        write(report, path)
+    except OSError as error:
+        from fgtp_pass.sizes import config_error
+
+        raise config_error(f"{path} cannot be written: {error.strerror}") from None
+    typer.echo(f"written to {path}", err=True)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fgtp_pass.cost.estimate import Row
-from fgtp_pass.cost.hardware import CollectiveTime, Hardware, Link
+from fgtp_pass.cost.hardware import Hardware
 from fgtp_pass.cost.memory import Memory
 from fgtp_pass.cost.report import Report
 from fgtp_pass.plan import format_bytes
@@ -121,30 +121,8 @@ def show_hardware(profiles: Sequence[Hardware], console: Console, in_full: bool)
         return
     for one in profiles:
         console.print(f"[bold]{one.title}[/]")
-        for name, value, source in _constants(one):
+        for name, value, source in one.constants():
             console.print(f"  {name} = {value}\n    [dim]{source}[/]", highlight=False)
-
-
-def _constants(hardware: Hardware) -> list[tuple[str, str, str]]:
-    plain = ("memory", "memory_bandwidth", "memory_efficiency", "matmul_efficiency", "overlap")
-    rows = [
-        (name, f"{getattr(hardware, name).value:.4g}", getattr(hardware, name).source)
-        for name in plain
-    ]
-    rows += [
-        (f"matmul_rates.{dtype}", f"{rate.value:.4g}", rate.source)
-        for dtype, rate in hardware.matmul_rates.items()
-    ]
-    for link_class in ("within_node", "across_nodes"):
-        link: Link = getattr(hardware, link_class)
-        for kind in ("all_gather", "all_to_all", "reduce_scatter"):
-            time: CollectiveTime = getattr(link, kind)
-            text = (
-                f"{1e6 * time.base_seconds:.3g} us + {1e6 * time.seconds_per_peer:.3g} us per "
-                f"peer, {time.bytes_per_second / 1e9:.4g} GB/s"
-            )
-            rows.append((f"{link_class}.{kind}", text, time.source))
-    return rows
 
 
 def show_layer(layer: "ExplainedLayer", console: Console) -> None:

@@ -37,7 +37,8 @@ class Cluster:
 
     def change_seconds(self, shape: ComponentShape, group_size: int, tokens: int) -> float:
         """Predicted change of a step's seconds; below 0 is a gain. 0 for a group of one."""
-        return formulas.evaluate(self.change(shape, group_size), {formulas.TOKENS: tokens})
+        values = {**self.values(shape), formulas.GROUP: group_size, formulas.TOKENS: tokens}
+        return formulas.evaluate(formulas.CHANGE_SECONDS, values)
 
     def pays_at(self, shape: ComponentShape, group_size: int) -> Range | None:
         """The first and last tokens per rank at which cutting gains time; None if it never does.

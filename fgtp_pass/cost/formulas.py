@@ -11,7 +11,8 @@ communication challenge for MPP, Parallel Computing 1994) with a latency that gr
 as in NCCL's own tuner (src/graph/tuning.cc: base latency plus one hop per ring step).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -158,4 +159,12 @@ def substitute(expression: Expr, values: Mapping[Symbol, Any]) -> Expr:
 
 def evaluate(expression: Expr, values: Mapping[Symbol, Any]) -> float:
     """The number that an expression has for these values of all its symbols."""
-    return float(substitute(expression, values))
+    symbols, compiled = _compiled(expression)
+    return float(compiled(*(values[symbol] for symbol in symbols)))
+
+
+@lru_cache(maxsize=64)
+def _compiled(expression: Expr) -> tuple[list[Symbol], Callable[..., float]]:
+    """The expression as a Python function of its symbols, hundreds of times faster than itself."""
+    symbols = sorted(expression.free_symbols, key=str)
+    return symbols, sympy.lambdify(symbols, expression, "math")

@@ -47,6 +47,14 @@ class CollectiveTime(_Frozen):
     bytes_per_second_per_peer: float | None = Field(default=None, gt=0)
     source: str
 
+    def __str__(self) -> str:
+        text = (
+            f"{1e6 * self.base_seconds:.3g} us + {1e6 * self.seconds_per_peer:.3g} us per peer, "
+            f"{self.bytes_per_second / 1e9:.4g} GB/s"
+        )
+        peer = self.bytes_per_second_per_peer
+        return text if peer is None else f"{text}, {peer / 1e9:.4g} GB/s to one peer"
+
 
 class Link(_Frozen):
     """The collectives over one class of link."""
@@ -122,6 +130,29 @@ class Hardware(_Frozen):
                     time.bytes_per_second_per_peer or time.bytes_per_second
                 )
         return found
+
+    def constants(self) -> list[tuple[str, str, str]]:
+        """Name, value with its unit, and source of every constant."""
+        rows = [
+            ("memory", f"{self.memory.value / 1e9:.4g} GB", self.memory.source),
+            (
+                "memory_bandwidth",
+                f"{self.memory_bandwidth.value / 1e12:.4g} TB/s",
+                self.memory_bandwidth.source,
+            ),
+            *(
+                (f"matmul_rates.{dtype}", f"{rate.value / 1e12:.4g} TFLOP/s", rate.source)
+                for dtype, rate in self.matmul_rates.items()
+            ),
+        ]
+        for name in ("memory_efficiency", "matmul_efficiency", "overlap"):
+            share: Constant | Overlap = getattr(self, name)
+            rows.append((name, f"{100 * share.value:.3g} %", share.source))
+        for link in formulas.LINK_CLASSES:
+            for kind in Collective:
+                time: CollectiveTime = getattr(getattr(self, link), kind.value)
+                rows.append((f"{link}.{kind.value}", str(time), time.source))
+        return rows
 
 
 @cache

@@ -1,0 +1,1 @@
+"""A plan to look at: one self-contained HTML page, and a static plot."""

@@ -1,0 +1,28 @@
+"""The cost formulas as JavaScript functions: printed by sympy, written nowhere else."""
+
+import re
+from collections.abc import Mapping
+
+from sympy import Expr, jscode
+
+from fgtp_pass.cost import formulas
+
+# what the page computes, by the names of its functions
+EXPRESSIONS: Mapping[str, Expr] = {
+    "changeSeconds": formulas.CHANGE_SECONDS,
+    "wholeSeconds": formulas.WHOLE_SECONDS,
+    "shardedSeconds": formulas.SHARDED_SECONDS,
+    "movedBytes": formulas.MOVED_BYTES,
+}
+
+
+def javascript() -> str:
+    """`const FORMULAS`: per expression a function of an object with a number for each symbol."""
+    lines = [f"  {name}: {_function(expression)}," for name, expression in EXPRESSIONS.items()]
+    return "\n".join(["const FORMULAS = {", *lines, "};"])
+
+
+def _function(expression: Expr) -> str:
+    symbols = ", ".join(sorted(map(str, expression.free_symbols)))
+    code = re.sub(r"\s+", " ", jscode(expression))
+    return f"({{ {symbols} }}) => {code}"
