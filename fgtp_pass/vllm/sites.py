@@ -105,7 +105,7 @@ def plan_model(
         names = ", ".join(config.model_config.architectures)
         raise DetectionError(
             f"{names} cannot be planned, since vLLM's model code cannot be traced without data: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}. Without \"fgtp\" in "
+            f'{type(error).__name__}: {str(error).strip().splitlines()[0]}. Without "fgtp" in '
             "passes it runs unsharded."
         ) from error
     check_requested(planned.plan, sizes.requested, ())

@@ -67,7 +67,9 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         | {"kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64}
         | {"v_head_dim": 32, "q_lora_rank": 48},
         saved={"topk_method": "noaux_tc"},
-        options=_EXPERTS,
+        # vLLM's CPU kernel for rotary embeddings is wrong for MLA, whose k is a slice of a wider
+        # tensor: tokens then depend on the other requests of a batch
+        options=_EXPERTS | {"compilation_config": {"custom_ops": ["none"]}},
     ),
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from checkpoints import CHECKPOINTS, Checkpoints, prompts
-from engines import Answer, Engines, Job, install_test_plugin
+from engines import Answer, Engines, Job, install_test_plugin, merged
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,7 +61,7 @@ def unsharded(
             job = Job(
                 checkpoint(name),
                 prompts(),
-                {"enforce_eager": True} | options,
+                merged(CHECKPOINTS[name].options, {"enforce_eager": True}, options),
                 {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
             )
             answers[key] = alone(job)[0]
@@ -82,7 +82,7 @@ def sharded(engines: Any, checkpoint: Checkpoints) -> Callable[..., list[Answer]
             Job(
                 checkpoint(name),
                 {i: given[i] for i in part},
-                CHECKPOINTS[name].options | options,
+                merged(CHECKPOINTS[name].options, options),
                 environment,
             )
             for part in parts(len(given), world)

@@ -1,4 +1,4 @@
-"""What is refused, in a sentence, before any engine starts; and what stays as it is in stock vLLM."""
+"""What is refused in a sentence before any engine starts, and what stays as it is in stock vLLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZES = {"oproj_tensor_parallel_size": 2}
 
 
 def errors_of(model: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What `EngineArgs(**case)` or its configuration raises, by case; runs in a process of its own."""
+    """What `EngineArgs(**case)` raises, by case; runs in a process of its own."""
     os.environ.update(ENVIRONMENT)
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins

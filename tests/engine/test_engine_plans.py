@@ -10,7 +10,6 @@ from planning import Planned, plan_all
 from ranks import free_port
 
 
-
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory, engines: Any) -> dict[str, Planned]:
     """The plan of every model, made in one process."""

@@ -42,5 +42,3 @@ def test_tokens(
         (found,) = answer.found
         assert found["saved"] > 0
         assert found["bytes"] == whole - found["saved"]
-
-
