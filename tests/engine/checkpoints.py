@@ -124,3 +124,9 @@ def prompts(count: int = 7, longest: int = 40) -> dict[int, list[int]]:
         i: [source.randrange(1, 500) for _ in range(source.randrange(3, longest))]
         for i in range(count)
     }
+
+
+def parts(count: int, world: int) -> list[list[int]]:
+    """Prompts by rank, more for the first than for others, so that others fall idle."""
+    owners = [min(i % (world + 1), world) % world for i in range(count)]
+    return [[i for i in range(count) if owners[i] == rank] for rank in range(world)]

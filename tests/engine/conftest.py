@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from checkpoints import CHECKPOINTS, Checkpoints, prompts
+from checkpoints import CHECKPOINTS, Checkpoints, parts, prompts
 from engines import Answer, Engines, Job, install_test_plugin, merged
 
 
@@ -90,9 +90,3 @@ def sharded(engines: Any, checkpoint: Checkpoints) -> Callable[..., list[Answer]
         return engines(world)(*jobs, **more)
 
     return run
-
-
-def parts(count: int, world: int) -> list[list[int]]:
-    """Prompts by rank, more for the first than for others, so that others fall idle."""
-    owners = [min(i % (world + 1), world) % world for i in range(count)]
-    return [[i for i in range(count) if owners[i] == rank] for rank in range(world)]

@@ -54,13 +54,16 @@ def plan_all(
 
 
 def plan_one(config: Any, components: tuple[str, ...]) -> Planned:
+    import torch
+
     from fgtp_pass.config import parse_sizes
     from fgtp_pass.errors import FgtpError
     from fgtp_pass.vllm.sites import plan_model
 
     sizes = parse_sizes({f"{c}_tensor_parallel_size": 2 for c in components})
     try:
-        plan, _ = plan_model(config, sizes, sizes.resolve(2, 2), 2)
+        with torch.device("cpu"):  # as vLLM does
+            plan, _ = plan_model(config, sizes, sizes.resolve(2, 2), 2)
     except FgtpError as error:
         return Planned({}, {}, f"{type(error).__name__}: {error}")
     sites: dict[str, set[str]] = {}

@@ -1,6 +1,7 @@
 """Compiled and eager, one component and all, other sizes: always the tokens of one rank."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,21 @@ def test_inductor(unsharded: One, sharded: Run) -> None:
         unsharded("llama"),
         sharded("llama", shared(), environment={"VLLM_CPU_CI_ENV": None}, timeout=400),
     )
+
+
+@pytest.mark.slow
+def test_piecewise_cold_and_warm(
+    unsharded: One, sharded: Run, engines: Any, tmp_path: Path
+) -> None:
+    """vLLM's own compiler backend behind the pass; the second start finds the first one's cache."""
+    environment = {
+        "FGTP_TEST_PIECEWISE": "1",
+        "VLLM_CPU_CI_ENV": None,
+        "VLLM_CACHE_ROOT": str(tmp_path),
+    }
+    for _ in range(2):
+        got = sharded("llama", shared(), environment=environment, timeout=400)
+        assert_same(unsharded("llama"), got)
 
 
 def test_enforce_eager(unsharded: One, sharded: Run) -> None:
