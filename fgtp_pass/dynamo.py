@@ -48,6 +48,21 @@ def meta_constants() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def no_function_modes() -> Iterator[None]:
+    """Without the modes that a caller has entered, such as `with torch.device("cpu"):`.
+
+    Dynamo traces into them, which some methods of tensors (unflatten) do not survive.
+    """
+    count = torch._C._len_torch_function_stack()
+    modes = [torch._C._pop_torch_function_stack() for _ in range(count)]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
+
+
 def recorded_fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The mode of the values that Dynamo recorded; the tracing context has another one."""
     for node in graph.nodes:

@@ -122,6 +122,7 @@ def _plan_on_meta(
 ) -> tuple[nn.Module, PlannedGraph]:
     """The model on the meta device, with its layers in `construction`, and what is planned."""
     with ExitStack() as stack:
+        stack.enter_context(dynamo.no_function_modes())  # vLLM builds models within one
         stack.enter_context(set_current_vllm_config(config))
         stack.enter_context(mock.patch.object(parallel_state, "_TP", _OneRank()))
         # vLLM shares rotary embeddings through this table; the real model must not get ours

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from checkpoints import CHECKPOINTS, Checkpoints, prompts
-from engines import Answer, Engines, Job, install_test_plugin
+from checkpoints import CHECKPOINTS, Checkpoints, parts, prompts
+from engines import Answer, Engines, Job, install_test_plugin, merged
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,7 +61,7 @@ def unsharded(
             job = Job(
                 checkpoint(name),
                 prompts(),
-                {"enforce_eager": True} | options,
+                merged(CHECKPOINTS[name].options, {"enforce_eager": True}, options),
                 {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
             )
             answers[key] = alone(job)[0]
@@ -82,7 +82,7 @@ def sharded(engines: Any, checkpoint: Checkpoints) -> Callable[..., list[Answer]
             Job(
                 checkpoint(name),
                 {i: given[i] for i in part},
-                CHECKPOINTS[name].options | options,
+                merged(CHECKPOINTS[name].options, options),
                 environment,
             )
             for part in parts(len(given), world)
@@ -90,9 +90,3 @@ def sharded(engines: Any, checkpoint: Checkpoints) -> Callable[..., list[Answer]
         return engines(world)(*jobs, **more)
 
     return run
-
-
-def parts(count: int, world: int) -> list[list[int]]:
-    """Prompts by rank, more for the first than for others, so that others fall idle."""
-    owners = [min(i % (world + 1), world) % world for i in range(count)]
-    return [[i for i in range(count) if owners[i] == rank] for rank in range(world)]

@@ -75,6 +75,15 @@ def shared(*components: str, size: int = 2, **more: Any) -> dict[str, Any]:
     }
 
 
+def merged(*options: Mapping[str, Any]) -> dict[str, Any]:
+    """All of the options for `LLM`; those of compilation_config are joined key by key."""
+    every: dict[str, Any] = {}
+    for given in options:
+        compilation = every.get("compilation_config", {}) | given.get("compilation_config", {})
+        every |= given | ({"compilation_config": compilation} if compilation else {})
+    return every
+
+
 def start(job: Job, rank: int = 0, world: int = 1, port: int = 0) -> Any:
     """The engine of one rank, in this process or below it."""
     for key, value in {**ENVIRONMENT, **job.environment}.items():

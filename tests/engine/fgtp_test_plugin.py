@@ -1,4 +1,6 @@
-"""Loaded in every vLLM process of a test: stacks on SIGUSR1, and the bytes of the weights."""
+"""Loaded in every vLLM process of a test: stacks on SIGUSR1, the bytes of the weights, and, where
+FGTP_TEST_PIECEWISE is set, the compilation mode that vLLM uses on GPUs.
+"""
 
 import faulthandler
 import functools
@@ -13,10 +15,33 @@ def install() -> None:
     if str(os.getpid()) != os.environ["FGTP_TEST_PID"]:  # that one has its own
         faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     _count_weights()
+    if "FGTP_TEST_PIECEWISE" in os.environ:
+        _force_piecewise()
+
+
+def _force_piecewise() -> None:
+    """Piecewise compilation, caches included, which vLLM turns into another mode on CPUs."""
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    stock = CpuPlatform.check_and_update_config.__func__
+    if hasattr(stock, "fgtp_test"):
+        return
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        stock(cls, config)
+        if config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
+            config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+
+    check_and_update_config.fgtp_test = True  # type: ignore[attr-defined]
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def _count_weights() -> None:
-    """Let a loaded model say the bytes of its weights before CPU kernels pack them."""
+    """Let a loaded model say the bytes of its weights before CPU kernels pack them.
+
+    Without routed experts, which expert parallelism divides.
+    """
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     stock = DefaultModelLoader.load_weights
@@ -26,7 +51,11 @@ def _count_weights() -> None:
     @functools.wraps(stock)
     def load_weights(self: Any, model: Any, model_config: Any) -> None:
         stock(self, model, model_config)
-        model.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        model.weight_bytes = sum(
+            parameter.nbytes
+            for name, parameter in model.named_parameters()
+            if ".experts." not in name
+        )
 
     load_weights.fgtp_test = True  # type: ignore[attr-defined]
     DefaultModelLoader.load_weights = load_weights

@@ -55,6 +55,8 @@ def plan_all(
 
 
 def plan_one(config: Any, components: tuple[str, ...]) -> Planned:
+    import torch
+
     from fgtp_pass.auto import SizeChooser
     from fgtp_pass.config import parse_options
     from fgtp_pass.errors import FgtpError
@@ -64,7 +66,8 @@ def plan_one(config: Any, components: tuple[str, ...]) -> Planned:
     options = parse_options({"finegrained_tp_config": sizes})
     group: Any = SimpleNamespace(size=2, rank=0)  # sizes are given, so ranks need not meet
     try:
-        plan, _ = plan_model(config, options, SizeChooser(options, group, group, 2), 2)
+        with torch.device("cpu"):  # as vLLM does
+            plan, _ = plan_model(config, options, SizeChooser(options, group, group, 2), 2)
     except FgtpError as error:
         return Planned({}, {}, f"{type(error).__name__}: {error}")
     sites: dict[str, set[str]] = {}

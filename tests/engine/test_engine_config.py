@@ -13,7 +13,7 @@ SIZES = {"oproj_tensor_parallel_size": 2}
 
 
 def errors_of(model: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What `EngineArgs(**case)` or its configuration raises, by case; in a process of its own."""
+    """What `EngineArgs(**case)` raises, by case; runs in a process of its own."""
     os.environ.update(ENVIRONMENT)
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
@@ -30,6 +30,7 @@ def errors_of(model: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
     return found
 
 
+ONE_RANK = {"data_parallel_size": 1, "data_parallel_rank": None}
 ON = {"compilation_config": {"passes": ["fgtp"]}}
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown pass": ({"compilation_config": {"passes": ["fgpt"]}}, "unknown pass 'fgpt'"),
@@ -41,13 +42,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt": (ON | {"additional_config": {"finegrained_tp_conf": SIZES}}, "unknown key"),
     "flat": (ON | {"additional_config": SIZES}, "one level down"),
     "timeout": (
-        ON | {"additional_config": {"finegrained_tp_config": SIZES, "fgtp_timeout_seconds": 0}},
-        "positive number",
+        shared(fgtp_options={"timeout_seconds": 0}),
+        "timeout_seconds",
     ),
-    "one rank": (
-        shared() | {"data_parallel_size": 1, "data_parallel_rank": None},
-        "data_parallel_size = 1",
-    ),
+    "one rank": (shared() | ONE_RANK, "data_parallel_size = 1"),
     "pipeline": (shared() | {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
     "LoRA": (shared() | {"enable_lora": True}, "LoRA"),
     "worker": (shared() | {"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "Leave worker_cls"),
@@ -59,7 +57,7 @@ def errors(engines: Any, checkpoint: Checkpoints) -> dict[str, str]:
     cases = {name: case for name, (case, _) in CASES.items()} | {
         "good": shared(),
         "one string": shared() | {"compilation_config": {"passes": "fgtp"}},
-        "sizes alone": {"additional_config": {"finegrained_tp_config": SIZES}},
+        "sizes alone": ONE_RANK | {"additional_config": {"finegrained_tp_config": SIZES}},
     }
     return engines(1).run(errors_of, checkpoint("llama"), cases, timeout=120)[0]
 

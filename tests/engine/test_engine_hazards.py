@@ -1,0 +1,142 @@
+"""What must not hang: ranks without work, requests that are given up, ranks that differ or die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+from checkpoints import Checkpoints, prompts
+from engines import Answer, Engines, Job, generate, merged, run_rank, shared
+from ranks import free_port
+from test_engine_tokens import assert_same
+
+Run = Callable[..., Any]
+
+
+def jobs(model: str, parts: list[list[int]], **options: Any) -> list[Job]:
+    given = prompts()
+    return [Job(model, {i: given[i] for i in part}, merged(shared(), options)) for part in parts]
+
+
+def test_a_rank_without_any_request(
+    engines: Callable[[int], Engines], checkpoint: Checkpoints, unsharded: Run
+) -> None:
+    got = engines(2)(*jobs(checkpoint("llama"), [list(prompts()), []]))
+    assert not got[1].tokens
+    assert_same(unsharded("llama"), got)
+
+
+def _with_aborts(llm: Any, job: Job) -> Answer:
+    """Half of the requests are given up after some steps; then all run again, to the end."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    for i, ids in job.prompts.items():
+        engine.add_request(
+            str(i),
+            {"prompt_token_ids": list(ids)},
+            SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False),
+        )
+    for _ in range(4):
+        engine.step()
+    engine.abort_request([str(i) for i in job.prompts])
+    return generate(llm, job)
+
+
+def test_abort_mid_flight(
+    engines: Callable[[int], Engines], checkpoint: Checkpoints, unsharded: Run
+) -> None:
+    both = jobs(checkpoint("llama"), [[0, 1, 2, 3], [4, 5, 6]])
+    first, second = both
+    aborting = Job(first.model, first.prompts, first.options, run=_with_aborts)
+    assert_same(unsharded("llama"), engines(2)(aborting, second))
+
+
+def _with_prompt_logprobs(llm: Any, job: Job) -> tuple[str, Answer]:
+    from vllm import SamplingParams
+
+    try:
+        llm.generate(
+            {"prompt_token_ids": [1, 2, 3]},
+            SamplingParams(max_tokens=2, prompt_logprobs=1, detokenize=False),
+            use_tqdm=False,
+        )
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    return said, generate(llm, job)
+
+
+def test_prompt_logprobs_are_refused_and_others_go_on(
+    engines: Callable[[int], Engines], checkpoint: Checkpoints, unsharded: Run
+) -> None:
+    first, second = jobs(checkpoint("llama"), [[0, 1, 2, 3], [4, 5, 6]])
+    asking = Job(first.model, first.prompts, first.options, run=_with_prompt_logprobs)
+    (said, answer), other = engines(2)(asking, second)
+    assert "prompt_logprobs is not supported" in said
+    assert_same(unsharded("llama"), [answer, other])
+
+
+def test_ranks_that_were_told_different_things(
+    engines: Callable[[int], Engines], checkpoint: Checkpoints
+) -> None:
+    """Both end, and both say so, before any weight is loaded."""
+    given = prompts()
+    model = checkpoint("llama")
+    pool = engines(2)
+    outcomes = pool.outcomes(
+        run_rank,
+        [Job(model, {0: given[0]}, shared()), Job(model, {1: given[1]}, shared("mlp"))],
+        free_port(),
+        timeout=150,
+    )
+    logs = [pool.log(rank) for rank in range(2)]
+    pool.kill()
+    for outcome, log in zip(outcomes, logs, strict=True):
+        assert outcome.error
+        assert "AgreementError" in log, log[-3000:]
+
+
+def _loses_its_worker(llm: Any, job: Job) -> str:
+    """Rank 1 kills its own worker between two steps; rank 0 must end, and say why."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    for i, ids in job.prompts.items():
+        engine.add_request(
+            str(i),
+            {"prompt_token_ids": list(ids)},
+            SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, detokenize=False),
+        )
+    begun = time.monotonic()
+    try:
+        for step in range(1000):
+            if step == 3 and os.environ["FGTP_TEST_RANK"] == "1":
+                workers = [
+                    p for p in psutil.Process().children(recursive=True) if "Worker" in p.name()
+                ]
+                workers[0].send_signal(signal.SIGKILL)
+            engine.step()
+    except Exception as error:
+        return f"{time.monotonic() - begun:.0f} s: {type(error).__name__}"
+    return "went on"
+
+
+def test_a_rank_that_dies_takes_the_others_with_it(
+    engines: Callable[[int], Engines], checkpoint: Checkpoints
+) -> None:
+    model = checkpoint("llama")
+    pool = engines(2)
+    options = shared(fgtp_options={"timeout_seconds": 20})
+    given = [Job(model, {i: prompts()[i]}, options, run=_loses_its_worker) for i in range(2)]
+    ended = pool(*given, timeout=150)
+    log = pool.log(0)
+    pool.kill()
+    for said in ended:
+        assert "EngineDeadError" in said, said
+        assert int(said.split()[0]) < 60
+    assert "rank 1 did not answer" in log or "rank 1 said" in log, log[-3000:]

@@ -1,0 +1,82 @@
+"""Compiled and eager, one component and all, other sizes: always the tokens of one rank."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CHECKPOINTS
+from engines import COMPONENTS, Answer, merged, shared
+from test_engine_tokens import assert_same
+
+Run = Callable[..., list[Answer]]
+One = Callable[..., Answer]
+
+
+@pytest.mark.slow
+def test_inductor(unsharded: One, sharded: Run) -> None:
+    assert_same(
+        unsharded("llama"),
+        sharded("llama", shared(), environment={"VLLM_CPU_CI_ENV": None}, timeout=400),
+    )
+
+
+@pytest.mark.slow
+def test_piecewise_cold_and_warm(
+    unsharded: One, sharded: Run, engines: Any, tmp_path: Path
+) -> None:
+    """vLLM's own compiler backend behind the pass; the second start finds the first one's cache."""
+    environment = {
+        "FGTP_TEST_PIECEWISE": "1",
+        "VLLM_CPU_CI_ENV": None,
+        "VLLM_CACHE_ROOT": str(tmp_path),
+    }
+    for _ in range(2):
+        got = sharded("llama", shared(), environment=environment, timeout=400)
+        assert_same(unsharded("llama"), got)
+
+
+def test_enforce_eager(unsharded: One, sharded: Run) -> None:
+    assert_same(unsharded("llama"), sharded("llama", merged(shared(), {"enforce_eager": True})))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_one_component(unsharded: One, sharded: Run, component: str) -> None:
+    got = sharded("llama", shared(component))
+    assert_same(unsharded("llama"), got)
+    for answer in got:
+        assert {site[0] for site in answer.found[0]["sites"]} == {component}
+
+
+def test_tight_batches(unsharded: One, sharded: Run) -> None:
+    """More requests than fit, prompts in chunks, cached prefixes."""
+    tight: dict[str, Any] = {
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 16,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": True,
+        "block_size": 32,
+    }
+    assert_same(unsharded("llama"), sharded("llama", merged(shared(), tight)))
+
+
+@pytest.mark.slow
+def test_four_ranks_with_mixed_sizes(unsharded: One, sharded: Run) -> None:
+    options = shared(size=2)
+    sizes = options["additional_config"]["finegrained_tp_config"]
+    sizes["embedding_tensor_parallel_size"] = 4
+    sizes["mlp_tensor_parallel_size"] = 4
+    got = sharded("llama", options, world=4, timeout=400)
+    assert_same(unsharded("llama"), got)
+    sizes_found = {site[:2] for answer in got for site in answer.found[0]["sites"]}
+    assert sizes_found == {("embedding", 4), ("mlp", 4), ("oproj", 2), ("lmhead", 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_beside_tensor_parallelism(unsharded: One, sharded: Run, name: str) -> None:
+    options = merged(shared(), {"tensor_parallel_size": 2}, CHECKPOINTS[name].options)
+    got = sharded(name, options, timeout=400)
+    assert_same(unsharded(name), got)
+    assert all(len(answer.found) == 2 for answer in got)
