@@ -28,9 +28,9 @@ def show_report(report: Report, console: Console) -> None:
         f"{cluster.data_parallel_size} data-parallel ranks, {cluster.ranks_per_node} per node; "
         f"{load.batch} tokens per rank and step; weights: {load.quantization or summary.dtype}"
     )
-    table = _table("component", "sites", "group", "weights", "freed/rank", "sent/step")
-    for title in ("messages", "TPOT", "pays at tokens/rank"):
-        table.add_column(title, justify="right")
+    table = _table(
+        "component", "sites", "size", "weights", "freed", "sent", "msgs", "TPOT", "pays at"
+    )
     for row in report.rows:
         table.add_row(*_cells(row))
     totals = report.totals
@@ -43,10 +43,15 @@ def show_report(report: Report, console: Console) -> None:
         format_bytes(totals["bytes_saved_per_rank"]),
         format_bytes(totals["bytes_moved_per_step"]),
         str(totals["messages_per_step"]),
-        f"{totals['tpot_change_ms']:+.2f} ms",
+        f"{totals['tpot_change_ms']:+.2f}",
         "",
     )
     console.print(table)
+    console.print(
+        "freed, sent, msgs: bytes and messages of one rank, the latter two in one step\n"
+        "TPOT: change in ms per output token; pays at: tokens per rank",
+        style="dim",
+    )
     console.print("[bold]Memory of a rank[/]")
     console.print(f"  whole    {_memory(report.whole)}")
     console.print(f"  sharded  {_memory(report.sharded)}")
@@ -73,7 +78,7 @@ def show_report(report: Report, console: Console) -> None:
 def _cells(row: Row) -> list[str]:
     pays = row.pays_at_tokens_per_rank
     never = "never" if row.group_size > 1 else ""
-    until = f"{pays[0]} to {pays[1]}" if pays and pays[1] else "always" if pays else never
+    until = f"{pays[0]}-{pays[1]}" if pays and pays[1] else "always" if pays else never
     return [
         row.component,
         str(row.sites),
@@ -82,7 +87,7 @@ def _cells(row: Row) -> list[str]:
         format_bytes(row.bytes_saved_per_rank),
         format_bytes(row.bytes_moved_per_step),
         str(row.messages_per_step),
-        f"{row.tpot_change_ms:+.2f} ms" if row.group_size > 1 else "",
+        f"{row.tpot_change_ms:+.2f}" if row.group_size > 1 else "",
         until,
     ]
 
@@ -96,7 +101,7 @@ def _memory(memory: Memory) -> str:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table
