@@ -70,7 +70,8 @@ class ShardedLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         )
         if skip_gather:
             return logits
-        if lm_head.tp_size > exchange.sharded.group.size:  # tensor parallelism beside
+        beside = lm_head.tp_size > exchange.sharded.group.size  # tensor parallelism
+        if beside and hidden_states.shape[0]:  # vLLM's CPU kernel divides by the count of rows
             logits = self._gather_logits(logits)
         return None if logits is None else logits[..., : self.org_vocab_size]
 

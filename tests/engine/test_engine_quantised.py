@@ -21,6 +21,6 @@ def test_int8_is_what_tensor_parallelism_gives(
     got = engines(2)(
         *[Job(model, {i: given[i] for i in part}, shared()) for part in parts(len(given), 2)]
     )
-    assert_same(want, got)
+    assert_same(want, got, tie=0.1)  # a sum in another order rounds to another int8
     sites = {site[0] for site in got[0].found[0]["sites"]}
     assert sites == {"embedding", "oproj", "mlp", "lmhead"}

@@ -9,7 +9,7 @@ from engines import Answer, shared
 TIE = 1e-4  # of logprobs; fp32 sums in another order differ by less
 
 
-def assert_same(want: Answer, got: list[Answer]) -> None:
+def assert_same(want: Answer, got: list[Answer], tie: float = TIE) -> None:
     """Tokens are the same up to a numeric tie, and the logprobs up to there are too."""
     numbers = sorted(i for answer in got for i in answer.tokens)
     assert numbers == sorted(want.tokens)
@@ -19,10 +19,10 @@ def assert_same(want: Answer, got: list[Answer]) -> None:
             assert len(tokens) == len(expected)
             for at, (a, b) in enumerate(zip(expected, tokens, strict=True)):
                 assert b in before[at], f"prompt {i}, token {at}: {before[at]} and {after[at]}"
-                assert after[at][b] == pytest.approx(before[at][b], abs=TIE), f"prompt {i} at {at}"
+                assert after[at][b] == pytest.approx(before[at][b], abs=tie), f"prompt {i} at {at}"
                 if a != b:
                     gap = before[at][a] - before[at][b]
-                    assert gap < TIE, f"prompt {i}, token {at}: {before[at]} and {after[at]}"
+                    assert gap < tie, f"prompt {i}, token {at}: {before[at]} and {after[at]}"
                     print(f"prompt {i}: a tie at token {at}, {gap:.1e} apart")
                     break
 
