@@ -36,6 +36,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("*.q_[ab]_proj.*", "qkv"),
     ("*.kv_a_proj_with_mqa.*", "qkv"),
     ("*.kv_b_proj.*", "qkv"),
+    ("*.fused_qkv_a_proj.*", "qkv"),  # vLLM's name
     ("*.self_attn.sinks", "other"),
     ("*.self_attn.o_proj.*", "oproj"),
     ("*attn.out_proj.*", "oproj"),  # opt, gptj
@@ -47,6 +48,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("*.shared_experts.*", "shared_expert"),
     ("*.experts.*", "expert"),
     ("*.mlp.gate.weight", "router"),
+    ("*.block_sparse_moe.gate.weight", "router"),  # vLLM's name
     ("*.router.*", "router"),
     ("*.fc[12].*", "mlp"),  # opt, phi
     ("*.mlp.fc_in.*", "mlp"),  # gptj
@@ -61,6 +63,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("*.mlp.down_proj.*", "mlp"),
     ("*.feed_forward.gate_proj.*", "mlp"),  # llama4
     ("*.feed_forward.up_proj.*", "mlp"),
+    ("*.feed_forward.gate_up_proj.*", "mlp"),  # vLLM's name
     ("*.feed_forward.down_proj.*", "mlp"),
 )
 

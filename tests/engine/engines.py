@@ -84,9 +84,15 @@ def merged(*options: Mapping[str, Any]) -> dict[str, Any]:
     return every
 
 
+_clean: dict[str, str] = {}
+
+
 def start(job: Job, rank: int = 0, world: int = 1, port: int = 0) -> Any:
     """The engine of one rank, in this process or below it."""
-    for key, value in {**ENVIRONMENT, **job.environment}.items():
+    if not _clean:
+        _clean.update(os.environ)
+    os.environ.clear()  # of what the job before has set
+    for key, value in {**_clean, **ENVIRONMENT, **job.environment}.items():
         os.environ.pop(key, None) if value is None else os.environ.update({key: value})
     if world > 1:
         for key, value in {
@@ -212,7 +218,8 @@ class Engines(Pool):
             raise type(error)(f"{error}\n{logs}") from None
 
     def log(self, rank: int) -> str:
-        return self._logs[rank].read_text(errors="replace")
+        log = self._logs[rank]
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def sessions(self) -> list[psutil.Process]:
         """Every process of every rank."""

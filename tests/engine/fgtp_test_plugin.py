@@ -15,8 +15,7 @@ def install() -> None:
     if str(os.getpid()) != os.environ["FGTP_TEST_PID"]:  # that one has its own
         faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     _count_weights()
-    if "FGTP_TEST_PIECEWISE" in os.environ:
-        _force_piecewise()
+    _force_piecewise()
 
 
 def _force_piecewise() -> None:
@@ -30,7 +29,8 @@ def _force_piecewise() -> None:
 
     def check_and_update_config(cls: Any, config: Any) -> None:
         stock(cls, config)
-        if config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
+        asked = "FGTP_TEST_PIECEWISE" in os.environ
+        if asked and config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
             config.compilation_config.mode = CompilationMode.VLLM_COMPILE
 
     check_and_update_config.fgtp_test = True  # type: ignore[attr-defined]

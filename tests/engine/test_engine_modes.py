@@ -31,9 +31,16 @@ def test_piecewise_cold_and_warm(
         "VLLM_CPU_CI_ENV": None,
         "VLLM_CACHE_ROOT": str(tmp_path),
     }
+    logs = []
     for _ in range(2):
+        before = len(engines(2).log(0))
         got = sharded("llama", shared(), environment=environment, timeout=400)
         assert_same(unsharded("llama"), got)
+        logs.append(engines(2).log(0)[before:])
+    cold, warm = logs
+    assert "Dynamo bytecode transform time" in cold
+    assert "Directly load AOT compilation" in warm
+    assert "Dynamo bytecode transform time" not in warm
 
 
 def test_enforce_eager(unsharded: One, sharded: Run) -> None:
