@@ -11,11 +11,16 @@ from typing import Any
 
 
 def install() -> None:
-    """vLLM may call it more than once in a process."""
+    """vLLM may call it more than once in a process; what it does then has no effect."""
     if str(os.getpid()) != os.environ["FGTP_TEST_PID"]:  # that one has its own
         faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     _count_weights()
     _force_piecewise()
+    if "FGTP_TEST_PIECEWISE" in os.environ:
+        from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+
+        # it names kernels that the CPU build has not; all it does is to save copies
+        FixFunctionalizationPass.__call__ = lambda self, graph: None
 
 
 def _force_piecewise() -> None:
@@ -32,6 +37,7 @@ def _force_piecewise() -> None:
         asked = "FGTP_TEST_PIECEWISE" in os.environ
         if asked and config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
             config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+            config.compilation_config.compile_sizes = []
 
     check_and_update_config.fgtp_test = True  # type: ignore[attr-defined]
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
