@@ -30,17 +30,22 @@ def test_a_rank_that_idles_nearly_all_the_time(
     assert_same(unsharded("llama"), engines(2)(first, second))
 
 
-def _with_aborts(llm: Any, job: Job) -> Answer:
-    """Half of the requests are given up after some steps; then all run again, to the end."""
+def _started(llm: Any, job: Job, tokens: int) -> Any:
+    """The engine with all requests of the job added, to be stepped by hand."""
     from vllm import SamplingParams
 
-    engine = llm.llm_engine
     for i, ids in job.prompts.items():
-        engine.add_request(
+        llm.llm_engine.add_request(
             str(i),
             {"prompt_token_ids": list(ids)},
-            SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False),
+            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False),
         )
+    return llm.llm_engine
+
+
+def _with_aborts(llm: Any, job: Job) -> Answer:
+    """Half of the requests are given up after some steps; then all run again, to the end."""
+    engine = _started(llm, job, tokens=60)
     for _ in range(4):
         engine.step()
     engine.abort_request([str(i) for i in job.prompts])
@@ -104,15 +109,7 @@ def test_ranks_that_were_told_different_things(
 
 def _loses_its_worker(llm: Any, job: Job) -> str:
     """Rank 1 kills its own worker between two steps; rank 0 must end, and say why."""
-    from vllm import SamplingParams
-
-    engine = llm.llm_engine
-    for i, ids in job.prompts.items():
-        engine.add_request(
-            str(i),
-            {"prompt_token_ids": list(ids)},
-            SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, detokenize=False),
-        )
+    engine = _started(llm, job, tokens=90)
     begun = time.monotonic()
     try:
         for step in range(1000):
