@@ -3,14 +3,20 @@
 """
 
 import functools
+import importlib.util
+import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import field
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 from typing import Any
 
 from fgtp_pass.sizes import nearest_hint
 
 PASS = "fgtp"
 _COMPILATION = "vllm.config.compilation"
+_BASE_OF_LLM = "vllm.entrypoints.common.offline"
 
 
 def check_passes(passes: list[str]) -> list[str]:
@@ -32,6 +38,8 @@ def add_passes_field() -> None:
     if module is None or hasattr(module, "CompilationConfig"):
         return
     module.config = _with_passes(module.config)  # type: ignore[attr-defined]
+    if _BASE_OF_LLM not in sys.modules:
+        sys.meta_path.insert(0, _AfterImport(_BASE_OF_LLM, _wrap_llm))
 
 
 def _with_passes(decorate: Any) -> Any:
@@ -81,6 +89,55 @@ def _stock_hash_without_passes(compute_hash: Any) -> Any:
     return wrapped
 
 
+class _AfterImport(MetaPathFinder):
+    """Calls `then(module)` when the module `name` has been imported."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]):
+        self._name, self._then = name, then
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self._then(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _wrap_llm(module: Any) -> None:
+    """Wrap `LLM.__init__` as the class is made: it refuses data_parallel_size before it loads
+    general plugins, and its module is half imported when platforms are probed.
+    """
+
+    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
+        super(module.OfflineInferenceMixin, cls).__init_subclass__(**kwargs)
+        if (cls.__module__, cls.__name__) == ("vllm.entrypoints.llm", "LLM"):
+            _wrap(cls, "__init__", _init_llm)
+
+    module.OfflineInferenceMixin.__init_subclass__ = classmethod(init_subclass)
+
+
+def _init_llm(stock: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    compilation, ranks = kwargs.get("compilation_config"), kwargs.get("data_parallel_size", 1)
+    if isinstance(compilation, dict):
+        passes = compilation.get("passes", ())
+    else:
+        passes = getattr(compilation, "passes", ())
+    if ranks == 1 or PASS not in ([passes] if isinstance(passes, str) else passes):
+        stock(self, *args, **kwargs)
+        return
+    from fgtp_pass.vllm.offline import start
+
+    start(stock, self, *args, **kwargs)
+
+
 def install() -> None:
     """General plugin: wraps the few functions that must know of the pass. Idempotent."""
     from vllm.config.compilation import CompilationConfig
@@ -91,6 +148,7 @@ def install() -> None:
         return
     if "passes" not in CompilationConfig.__dataclass_fields__:
         return  # the platform plugin was left out: VLLM_PLUGINS, or VLLM_TARGET_DEVICE=cpu
+    from vllm.v1.engine.core_client import EngineCoreClient
     from vllm.v1.engine.input_processor import InputProcessor
 
     from fgtp_pass.vllm import lockstep, requests
@@ -99,6 +157,7 @@ def install() -> None:
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(BaseModelLoader, "create_model", _create_model)
     _wrap(CompilationConfig, "init_backend", _init_backend)
+    _wrap(EngineCoreClient, "make_client", _make_client)
     _wrap(InputProcessor, "process_inputs", requests.process_inputs)
 
 
@@ -111,7 +170,8 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
         return wrapper(stock, *args, **kwargs)
 
     wrapped._fgtp = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(wrapped) if static else wrapped)
 
 
 def _create_engine_config(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,3 +207,16 @@ def _init_backend(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs:
     from fgtp_pass.vllm.graph import with_pass
 
     return with_pass(backend, self.inductor_compile_config)
+
+
+def _make_client(
+    stock: Any, multiprocess_mode: bool, asyncio_mode: bool, vllm_config: Any, *args: Any, **kw: Any
+) -> Any:
+    parallel = vllm_config.parallel_config
+    one_process = multiprocess_mode and not asyncio_mode and parallel.data_parallel_size > 1
+    spmd = parallel.data_parallel_rank_local is not None
+    if not one_process or spmd or PASS not in vllm_config.compilation_config.passes:
+        return stock(multiprocess_mode, asyncio_mode, vllm_config, *args, **kw)
+    from fgtp_pass.vllm.offline import AllRanksClient
+
+    return AllRanksClient(vllm_config, *args, **kw)

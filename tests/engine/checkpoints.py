@@ -53,6 +53,12 @@ _EXPERTS: dict[str, Any] = {"enable_expert_parallel": True, "enforce_eager": Tru
 
 CHECKPOINTS: dict[str, Checkpoint] = {
     "llama": Checkpoint("llama", _GQA),
+    "llama_0.1b": Checkpoint(
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
+        | {"num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 4}
+        | {"vocab_size": 32000, "max_position_embeddings": 256},
+    ),
     "qwen3": Checkpoint("qwen3", _GQA | {"tie_word_embeddings": True}),
     "qwen2": Checkpoint("qwen2", _COMMON | {"num_key_value_heads": 2}),
     "gemma3": Checkpoint("gemma3", _GQA | {"query_pre_attn_scalar": 32}),

@@ -1,7 +1,8 @@
 """Fixtures of the tests with real vLLM engines. Without vLLM installed, they are skipped."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,25 +47,28 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int]
 def unsharded(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoints
 ) -> Iterator[Callable[..., Answer]]:
-    """`unsharded(name)`: what one rank alone gives for all prompts; one process runs them all."""
+    """`unsharded(name)`: what one rank alone gives for all prompts; one process runs them all.
+
+    Its options are those of `LLM`, and `job` replaces fields of the `Job`.
+    """
     answers: dict[str, Answer] = {}
     folder = tmp_path_factory.mktemp("unsharded_")
     install_test_plugin(folder)
     alone = Engines(1, folder)
 
-    def of(name: str, **options: Any) -> Answer:
+    def of(name: str, job: Mapping[str, Any] | None = None, **options: Any) -> Answer:
         nonlocal alone
-        key = f"{name} {options}"
+        key = f"{name} {job} {options}"
         if key not in answers:
             if not alone.alive:
                 alone = Engines(1, folder)
-            job = Job(
+            plain = Job(
                 checkpoint(name),
                 prompts(),
                 merged(CHECKPOINTS[name].options, {"enforce_eager": True}, options),
                 {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
             )
-            answers[key] = alone(job)[0]
+            answers[key] = alone(replace(plain, **(job or {})))[0]
         return answers[key]
 
     yield of

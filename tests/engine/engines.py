@@ -87,11 +87,11 @@ def merged(*options: Mapping[str, Any]) -> dict[str, Any]:
 _clean: dict[str, str] = {}
 
 
-def start(job: Job, rank: int = 0, world: int = 1, port: int = 0) -> Any:
-    """The engine of one rank, in this process or below it."""
+def set_environment(job: Job, rank: int = 0, world: int = 1, port: int = 0) -> None:
+    """That of the job in the place of whatever the job before has set."""
     if not _clean:
         _clean.update(os.environ)
-    os.environ.clear()  # of what the job before has set
+    os.environ.clear()
     for key, value in {**_clean, **ENVIRONMENT, **job.environment}.items():
         os.environ.pop(key, None) if value is None else os.environ.update({key: value})
     if world > 1:
@@ -103,51 +103,64 @@ def start(job: Job, rank: int = 0, world: int = 1, port: int = 0) -> Any:
             "MASTER_PORT": port,
         }.items():
             os.environ[f"VLLM_DP_{key}"] = str(value)
-    from vllm import LLM
 
-    given = {
+
+def engine_arguments(job: Job) -> dict[str, Any]:
+    """Those of a small engine, and the job's."""
+    return {
+        "model": job.model,
         "skip_tokenizer_init": True,
         "dtype": "float32",
         "max_model_len": 128,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 64 << 20,
         "disable_log_stats": True,
+    } | dict(job.options)
+
+
+def start(job: Job, rank: int = 0, world: int = 1, port: int = 0) -> Any:
+    """The engine of one rank, in this process or below it."""
+    set_environment(job, rank, world, port)
+    from vllm import LLM
+
+    return LLM(**engine_arguments(job))
+
+
+def sampling(number: int, **more: Any) -> Any:
+    """Greedy, as many tokens as prompt `number` gets, the three likeliest at each."""
+    from vllm import SamplingParams
+
+    given = {
+        "temperature": 0,
+        "max_tokens": tokens_of(number),
+        "detokenize": False,
+        "ignore_eos": True,
+        "logprobs": 3,
     }
-    return LLM(job.model, **(given | dict(job.options)))
+    return SamplingParams(**(given | more))
 
 
 def generate(llm: Any, job: Job) -> Answer:
     """Greedy tokens of the job's prompts, and what the model looks like."""
-    from vllm import SamplingParams
-
     numbers = sorted(job.prompts)
     outputs = llm.generate(
         [{"prompt_token_ids": list(job.prompts[i])} for i in numbers],
-        [
-            SamplingParams(
-                **(
-                    {
-                        "temperature": 0,
-                        "max_tokens": tokens_of(i),
-                        "detokenize": False,
-                        "ignore_eos": True,
-                        "logprobs": 3,
-                    }
-                    | dict(job.sampling)
-                )
-            )
-            for i in numbers
-        ],
+        [sampling(i, **job.sampling) for i in numbers],
         use_tqdm=False,
     )
-    first = {i: output.outputs[0] for i, output in zip(numbers, outputs, strict=True)}
+    return answer_of(dict(zip(numbers, outputs, strict=True)), llm.apply_model(probe))
+
+
+def answer_of(outputs: Mapping[int, Any], found: list[dict[str, Any]]) -> Answer:
+    """From what vLLM gave for each prompt, and what `probe` said."""
+    first = {i: output.outputs[0] for i, output in outputs.items()}
     return Answer(
         tokens={i: list(out.token_ids) for i, out in first.items()},
         logprobs={
             i: [{t: p.logprob for t, p in at.items()} for at in out.logprobs or ()]
             for i, out in first.items()
         },
-        found=llm.apply_model(probe),
+        found=found,
     )
 
 
@@ -161,6 +174,7 @@ def probe(model: Any) -> dict[str, Any]:
     plan = getattr(model, "fgtp_plan", None)
     return {
         "bytes": model.weight_bytes,
+        "memory": getattr(model, "load_memory", None),
         "saved": plan.bytes_saved_per_rank if plan is not None else 0,
         "sites": [
             (site.component, site.group_size, sorted(weight.fqn for weight in site.weights))

@@ -1,5 +1,6 @@
-"""Loaded in every vLLM process of a test: stacks on SIGUSR1, the bytes of the weights, and, where
-FGTP_TEST_PIECEWISE is set, the compilation mode that vLLM uses on GPUs.
+"""Loaded in every vLLM process of a test: stacks on SIGUSR1, the bytes of the weights; where
+FGTP_TEST_PIECEWISE is set, the compilation mode that vLLM uses on GPUs; where FGTP_TEST_MEMORY is,
+the memory that loading takes.
 """
 
 import faulthandler
@@ -7,6 +8,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 
@@ -16,6 +18,8 @@ def install() -> None:
         faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     _count_weights()
     _force_piecewise()
+    if "FGTP_TEST_MEMORY" in os.environ:
+        _watch_memory()
     if "FGTP_TEST_PIECEWISE" in os.environ:
         from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
 
@@ -65,3 +69,40 @@ def _count_weights() -> None:
 
     load_weights.fgtp_test = True  # type: ignore[attr-defined]
     DefaultModelLoader.load_weights = load_weights
+
+
+def _watch_memory() -> None:
+    """Let a loaded model say by how much memory rose while it was loaded, above the end's."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    stock = BaseModelLoader.load_model
+
+    @functools.wraps(stock)
+    def load_model(*args: Any, **kwargs: Any) -> Any:
+        done, highest = threading.Event(), 0
+
+        def watch() -> None:
+            nonlocal highest
+            while not done.wait(0.002):
+                highest = max(highest, anonymous_memory())
+
+        watcher = threading.Thread(target=watch)
+        begun = anonymous_memory()
+        watcher.start()
+        try:
+            model = stock(*args, **kwargs)
+        finally:
+            done.set()
+            watcher.join()
+        ended = anonymous_memory()
+        model.load_memory = {"taken": ended - begun, "peak": highest - begun}
+        return model
+
+    BaseModelLoader.load_model = load_model
+
+
+def anonymous_memory() -> int:
+    """Resident bytes of this process that are no pages of files; checkpoints are mapped files."""
+    with open("/proc/self/status") as status:
+        (line,) = [line for line in status if line.startswith("RssAnon")]
+    return int(line.split()[1]) << 10

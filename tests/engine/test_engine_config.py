@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest import mock
 
 import pytest
-from checkpoints import Checkpoints
-from engines import ENVIRONMENT, shared
+from checkpoints import Checkpoints, prompts
+from engines import ENVIRONMENT, Job, engine_arguments, generate, set_environment, shared
 
 SIZES = {"oproj_tensor_parallel_size": 2}
 
@@ -76,35 +77,53 @@ def test_sizes_without_the_pass_are_a_warning(errors: dict[str, str], engines: A
     assert 'has no "passes": ["fgtp"], so fgtp_pass shards nothing' in engines(1).log(0)
 
 
-def hashes_and_graph(model: str, plugins: str | None) -> dict[str, Any]:
+def hashes_and_graphs(job: Job) -> dict[str, Any]:
     """What stock vLLM and one with the plugin must agree on; runs in a process of its own."""
-    if plugins is None:
-        os.environ.pop("VLLM_PLUGINS", None)
-    else:
-        os.environ["VLLM_PLUGINS"] = plugins
-    os.environ.update(ENVIRONMENT)
+    set_environment(job)
+    import torch
+    from vllm import LLM
     from vllm.config import CompilationConfig
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    config = EngineArgs(model, skip_tokenizer_init=True).create_engine_config()
+    graphs: list[str] = []
+    init_backend = CompilationConfig.init_backend
+
+    def keeping_graphs(*args: Any, **kwargs: Any) -> Any:
+        backend = init_backend(*args, **kwargs)
+        assert isinstance(backend, str), backend
+
+        def compile_kept(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            graphs.append(gm.print_readable(print_output=False))
+            return torch._dynamo.lookup_backend(backend)(gm, inputs)
+
+        return compile_kept
+
+    with mock.patch.object(CompilationConfig, "init_backend", keeping_graphs):
+        llm = LLM(**engine_arguments(job))
+        tokens = generate(llm, job).tokens
+    config = llm.llm_engine.vllm_config
     return {
         "loaded": "passes" in CompilationConfig.__dataclass_fields__,
         "compilation": CompilationConfig().compute_hash(),
         "engine": config.compute_hash(),
         "model class": type(config.model_config).__qualname__,
         "worker": config.parallel_config.worker_cls,
+        "graphs": graphs,
+        "tokens": tokens,
     }
 
 
 def test_not_asked_for_changes_nothing(engines: Any, checkpoint: Checkpoints) -> None:
-    """The same hashes, so the same compile caches; the pass, where asked for, is part of them."""
-    model = checkpoint("llama")
-    engines(1).kill()  # plugins are loaded once in a process
-    with_plugin = engines(1).run(hashes_and_graph, model, None, timeout=120)[0]
+    """The same hashes, so the same compile caches, and the same graphs, to the letter."""
+    found = []
+    for plugins in (None, "fgtp_test"):
+        engines(1).kill()  # plugins are loaded once in a process
+        environment = {"VLLM_PLUGINS": plugins, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        job = Job(checkpoint("llama"), prompts(1), {}, environment)
+        found += engines(1).run(hashes_and_graphs, job, timeout=200)
     engines(1).kill()
-    stock = engines(1).run(hashes_and_graph, model, "", timeout=120)[0]
-    engines(1).kill()
+    with_plugin, stock = found
     assert (with_plugin.pop("loaded"), stock.pop("loaded")) == (True, False)
+    assert with_plugin["graphs"]
     assert with_plugin == stock
