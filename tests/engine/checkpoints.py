@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import zoo
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 128,
@@ -121,6 +123,14 @@ class Checkpoints:
     def __call__(self, name: str) -> str:
         folder = self._folder / name
         return str(folder) if folder.exists() else CHECKPOINTS[name].write(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token per number from 0 to 511, so that a regular expression can ask for some."""
+    words = models.WordLevel({str(i): i for i in range(512)}, unk_token="0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="1").save_pretrained(
+        folder
+    )
 
 
 def prompts(count: int = 7, longest: int = 40) -> dict[int, list[int]]:

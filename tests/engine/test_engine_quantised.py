@@ -1,26 +1,42 @@
 """Quantised layers are sharded with their scales, as in tensor parallelism."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import Checkpoints, parts, prompts
-from engines import Job, shared
-from quantised import write_int8
+from engines import Job, merged, shared
+from quantised import write_int4, write_int8
 from test_engine_tokens import assert_same
 
 
 @pytest.mark.slow
-def test_int8_is_what_tensor_parallelism_gives(
-    engines: Any, checkpoint: Checkpoints, tmp_path: Path
+@pytest.mark.parametrize(
+    ("write", "dtype", "tie"),
+    [
+        (write_int8, "float32", 0.1),  # a sum in another order rounds to another int8
+        (write_int4, "bfloat16", 0.1),  # the kernel takes no float32
+    ],
+    ids=["int8_w8a8", "int4_w4a16"],
+)
+def test_what_tensor_parallelism_gives(
+    engines: Any,
+    checkpoint: Checkpoints,
+    tmp_path: Path,
+    write: Callable[..., str],
+    dtype: str,
+    tie: float,
 ) -> None:
     """Activations are quantised per token and shard, so the reference is stock vLLM at TP=2."""
-    model = write_int8(checkpoint("llama"), tmp_path / "int8")
+    model = write(checkpoint("llama"), tmp_path / "quantised")
     given = prompts()
-    want = engines(1)(Job(model, given, {"tensor_parallel_size": 2, "enforce_eager": True}))[0]
+    whole = {"tensor_parallel_size": 2, "enforce_eager": True, "dtype": dtype}
+    want = engines(1)(Job(model, given, whole))[0]
+    half = merged(shared(), {"dtype": dtype})
     got = engines(2)(
-        *[Job(model, {i: given[i] for i in part}, shared()) for part in parts(len(given), 2)]
+        *[Job(model, {i: given[i] for i in part}, half) for part in parts(len(given), 2)]
     )
-    assert_same(want, got, tie=0.1)  # a sum in another order rounds to another int8
+    assert_same(want, got, tie=tie)
     sites = {site[0] for site in got[0].found[0]["sites"]}
     assert sites == {"embedding", "oproj", "mlp", "lmhead"}
