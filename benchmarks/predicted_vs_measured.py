@@ -8,8 +8,9 @@ packed like shards, on both sides, so that a change is due to sharding and not t
 that a step's collectives are those of the plan.
 
 `agrees` compares signs of the predicted and the measured change. A measured change counts only if
-it exceeds its spread: the p10 to p90 range of the differences between neighbouring steps does not
-contain zero. `error` is |predicted - measured| / measured of the whole step.
+it exceeds its spread (the p10 to p90 range of the differences between neighbouring steps does not
+contain zero) and the change that is measured between two equal models, `none`. `error` is
+|predicted - measured| / measured of the whole step.
 """
 
 import statistics
@@ -44,7 +45,8 @@ from fgtp_pass.plan import Plan
 WORLD, COMPONENTS = decode_step.WORLD, decode_step.COMPONENTS
 # a part of the names of each component's linears, in this one model
 _MODULES = {"embedding": "no linear", "lmhead": "lm_head", "oproj": "o_proj", "mlp": ".mlp."}
-VARIANTS = {name: (name,) for name in COMPONENTS} | {"all": COMPONENTS}
+# "none" is the control: two equal models, so that what it measures is the benchmark's own bias
+VARIANTS = {"none": ()} | {name: (name,) for name in COMPONENTS} | {"all": COMPONENTS}
 
 
 @torch.no_grad()
@@ -72,21 +74,18 @@ def rank_main(
             for module in left:
                 packing.pack(module.weight)
                 module.__class__ = decode_step.PackedLinear
-            config = {f"{component}_tensor_parallel_size": WORLD for component in components}
-            options = {"finegrained_tp_config": config, "check_tokens": False}
-            fast = torch.compile(
-                cut, backend=fgtp_pass.fgtp_backend, options=options, dynamic=False
-            )
-            step = decode_step.decoder(fast, cut.config, ids)
+            step = decode_step.decoder(_compiled(cut, components), cut.config, ids)
             error = decode_step.difference(step(), want)
             assert error < decode_step.TOLERANCE["float32"], f"logits differ by {error}"
-            plan = fgtp_pass.applied_plan(cut)
-            assert plan is not None
-            plans[name] = plan
+            if components:
+                plan = fgtp_pass.applied_plan(cut)
+                assert plan is not None
+                plans[name] = plan
             pair = {"dp": plain, "pass": step}
             times = interleave(pair, repetitions, 3, dist.barrier, at_realtime)
             results.append({"tokens": count, "variant": name, "times": times})
-            fgtp_pass.unshard(cut)
+            if components:
+                fgtp_pass.unshard(cut)
             for module in left:
                 packing.unpack(module.weight)
                 module.__class__ = torch.nn.Linear
@@ -100,13 +99,21 @@ def rank_main(
     }
 
 
+def _compiled(model: torch.nn.Module, components: tuple[str, ...]) -> Any:
+    if not components:
+        return torch.compile(model, dynamic=False)
+    config = {f"{component}_tensor_parallel_size": WORLD for component in components}
+    options = {"finegrained_tp_config": config, "check_tokens": False}
+    return torch.compile(model, backend=fgtp_pass.fgtp_backend, options=options, dynamic=False)
+
+
 def compare(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Predicted and measured milliseconds by token count and variant."""
     first = per_rank[0]
     hardware = Hardware.model_validate_json(first["hardware"])
     shapes = component_shapes(Plan.from_json(first["plan"]), "float32")
     cluster = Cluster(hardware, WORLD, WORLD)
-    compared = []
+    compared, bias = [], 0.0
     for together in zip(*(one["results"] for one in per_rank), strict=True):
         tokens, variant = together[0]["tokens"], together[0]["variant"]
         times = slower_rank([one["times"] for one in together])
@@ -119,7 +126,9 @@ def compare(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
         measured = {name: spread(values) for name, values in times.items()}
         change = spread(differences)
         predicted_change = predicted["pass"] - predicted["dp"]
-        certain = not change["p10"] <= 0 <= change["p90"]
+        if variant == "none":
+            bias = abs(change["median"])
+        certain = not change["p10"] <= 0 <= change["p90"] and abs(change["median"]) > bias
         compared.append(
             {
                 "tokens_per_rank": tokens,
