@@ -12,10 +12,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fgtp_pass.errors import ConfigError, FgtpError
 from fgtp_pass.layers import LayerStack, expand, find_layers, only_layer
-from fgtp_pass.models import ComponentKey, ModelSummary
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan import Plan
 from fgtp_pass.planning import make_plan, snapshot_graphs
+from fgtp_pass.summary import ComponentKey, ModelSummary
 
 _TRACED_RANKS = 2  # any size > 1: neither sites nor paths depend on it
 

@@ -14,9 +14,10 @@ from fgtp_pass.cost.memory import Load, latent_cache, tensor_parallel
 from fgtp_pass.cost.report import Report, make_report
 from fgtp_pass.cost.shape import component_shapes, precision
 from fgtp_pass.cost.spelling import mindie, read_sizes, sglang, vllm_command
-from fgtp_pass.models import ComponentKey, ModelSummary, summarize
+from fgtp_pass.models import summarize
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan import itemsize
+from fgtp_pass.summary import ComponentKey, ModelSummary
 from fgtp_pass.tracing import _call, declared_quantization, plan_model
 
 GIB = 2**30

@@ -19,10 +19,11 @@ from fgtp_pass.cost.hardware import load, profiles
 from fgtp_pass.cost.memory import Load, rank_memory
 from fgtp_pass.cost.report import Report, make_report
 from fgtp_pass.cost.spelling import read_sizes
-from fgtp_pass.models import ModelSummary, summarize
+from fgtp_pass.models import summarize
 from fgtp_pass.page.data import page_data
 from fgtp_pass.page.javascript import EXPRESSIONS, javascript
 from fgtp_pass.page.render import render, write_page
+from fgtp_pass.summary import ModelSummary
 
 ROOT = Path(__file__).parents[1]
 ARTIFACTS = ROOT / "test-artifacts"

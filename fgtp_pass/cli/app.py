@@ -12,7 +12,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from fgtp_pass.cost.report import Report
-    from fgtp_pass.models import ModelSummary
+    from fgtp_pass.summary import ModelSummary
 
 _NOISY = 0.5  # spread of a measurement above which it is worth repeating
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from fgtp_pass.cost.hardware import Hardware
 from fgtp_pass.cost.shape import ComponentShape, component_shapes, precision
-from fgtp_pass.models import ModelSummary
 from fgtp_pass.plan import format_bytes, itemsize
+from fgtp_pass.summary import ModelSummary
 
 # vLLM's default gpu_memory_utilization; the rest is for activations, graphs and the runtime.
 USABLE = 0.9

@@ -18,8 +18,8 @@ from fgtp_pass.cost.memory import (
     tensor_parallel,
 )
 from fgtp_pass.cost.shape import ComponentShape, component_shapes
-from fgtp_pass.models import ModelSummary
 from fgtp_pass.sizes import AUTO, ComponentSizes
+from fgtp_pass.summary import ModelSummary
 
 
 @dataclass(frozen=True)

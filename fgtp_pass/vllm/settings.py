@@ -8,7 +8,7 @@ from fgtp_pass.config import Options, parse_options
 from fgtp_pass.errors import ConfigError
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.sizes import COMPONENT_SIZES, nearest_hint
-from fgtp_pass.vllm.plugin import PASS
+from fgtp_pass.vllm import PASS
 
 log = logging.getLogger("vllm.fgtp_pass")
 
