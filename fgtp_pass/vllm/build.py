@@ -18,7 +18,7 @@ from fgtp_pass.versions import library_versions
 from fgtp_pass.vllm import host
 from fgtp_pass.vllm.layers import LAYER_CLASSES, register
 from fgtp_pass.vllm.logits import Exchange, ShardedLogitsProcessor
-from fgtp_pass.vllm.settings import check_engine, read_options
+from fgtp_pass.vllm.settings import check_engine, read_options, step_settings
 from fgtp_pass.vllm.sites import Construction, constructing, plan_model
 
 log = logging.getLogger("vllm.fgtp_pass")
@@ -52,7 +52,9 @@ def build_model(
         )
         plan, roles = plan_model(vllm_config, options, chooser, group.size)
     council.meet_equal(
-        {"plan": plan.fingerprint, "vllm": host.vllm_version(), **library_versions()}
+        {"plan": plan.fingerprint, "vllm": host.vllm_version()}
+        | step_settings(vllm_config)
+        | library_versions()
     )
     groups = {size: group.component_group(size) for size in sorted({*chooser.sizes.values()} - {1})}
     construction = Construction(roles, groups)

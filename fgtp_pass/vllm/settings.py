@@ -61,6 +61,26 @@ def warn_of_unused(additional: Any) -> None:
         )
 
 
+def step_settings(config: Any) -> dict[str, str]:
+    """What decides, beside the plan, which collectives a step runs and of what size.
+
+    Ranks that differed in one of them would wait for each other without end: an eager rank for a
+    compiled one, or one that pads to a captured CUDA graph for one that does not.
+    """
+    compilation, scheduler = config.compilation_config, config.scheduler_config
+    speculative = config.speculative_config
+    return {
+        "compilation mode": str(compilation.mode),
+        "cudagraph_mode": str(compilation.cudagraph_mode),
+        "cudagraph_capture_sizes": str(compilation.cudagraph_capture_sizes),
+        "dtype": str(config.model_config.dtype),
+        "tensor_parallel_size": str(config.parallel_config.tensor_parallel_size),
+        "max_num_seqs": str(scheduler.max_num_seqs),
+        "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
+        "num_speculative_tokens": str(speculative and speculative.num_speculative_tokens),
+    }
+
+
 # drafters that have no layers of their own to run, and share none with the model
 _SPECULATION = ("ngram", "suffix")
 

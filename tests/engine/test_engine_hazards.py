@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import pytest
 from checkpoints import Checkpoints, prompts
 from engines import Answer, Engines, Job, generate, merged, run_rank, shared
 from ranks import free_port
@@ -87,8 +88,19 @@ def test_prompt_logprobs_are_refused_and_others_go_on(
     assert_same(unsharded("llama"), [answer, other])
 
 
+@pytest.mark.parametrize(
+    ("options", "differ"),
+    [
+        (shared("mlp"), "differ in plan"),
+        (merged(shared(), {"enforce_eager": True}), "differ in compilation mode"),
+    ],
+    ids=["plan", "mode"],
+)
 def test_ranks_that_were_told_different_things(
-    engines: Callable[[int], Engines], checkpoint: Checkpoints
+    engines: Callable[[int], Engines],
+    checkpoint: Checkpoints,
+    options: dict[str, Any],
+    differ: str,
 ) -> None:
     """Both end, and both say so, before any weight is loaded."""
     given = prompts()
@@ -96,7 +108,7 @@ def test_ranks_that_were_told_different_things(
     pool = engines(2)
     outcomes = pool.outcomes(
         run_rank,
-        [Job(model, {0: given[0]}, shared()), Job(model, {1: given[1]}, shared("mlp"))],
+        [Job(model, {0: given[0]}, shared()), Job(model, {1: given[1]}, options)],
         free_port(),
         timeout=150,
     )
@@ -105,6 +117,7 @@ def test_ranks_that_were_told_different_things(
     for outcome, log in zip(outcomes, logs, strict=True):
         assert outcome.error
         assert "AgreementError" in log, log[-3000:]
+        assert differ in log, log[-3000:]
 
 
 def _loses_its_worker(llm: Any, job: Job) -> str:
