@@ -23,6 +23,8 @@ def errors_of(model: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
     found = {}
     for name, case in cases.items():
         given = {"data_parallel_size": 2, "data_parallel_rank": 0} | case
+        if "speculative_config" in given:
+            given["speculative_config"] = given["speculative_config"] | {"model": model}
         try:
             EngineArgs(model, skip_tokenizer_init=True, **given).create_engine_config()
             found[name] = ""
@@ -49,6 +51,16 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "one rank": (shared() | ONE_RANK, "data_parallel_size = 1"),
     "pipeline": (shared() | {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
     "LoRA": (shared() | {"enable_lora": True}, "LoRA"),
+    "micro-batches": (shared() | {"enable_dbo": True}, "micro-batching"),
+    "launcher": (
+        shared() | {"distributed_executor_backend": "external_launcher"},
+        "external_launcher",
+    ),
+    "draft model": (
+        shared() | {"speculative_config": {"num_speculative_tokens": 2}},
+        "speculative decoding by another method",
+    ),
+    "pooling": (shared() | {"runner": "pooling"}, "pooling models"),
     "worker": (shared() | {"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "Leave worker_cls"),
 }
 
