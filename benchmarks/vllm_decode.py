@@ -3,27 +3,35 @@
 Every rank is a process with an engine of its own (the SPMD way), on one core, on a Llama-like
 model with random weights (`load_format="dummy"`), fp32, compiled with Inductor. A rank decodes
 `--requests` requests at a time; the time per output token (TPOT) is the difference of a long and a
-short `generate`, by the difference of their tokens, which leaves prefill, start and end out.
+short `generate`, by the difference of their tokens, which leaves prefill, start and end out, on the
+rank where it is longer.
 
-Variants need an engine each, so they run one after the other, not interleaved; unsharded runs
-first and last, and both are shown, as a measure of how far the machine drifted. Weight bytes freed
-per rank are those of the plan in force; resident memory is that of the worker process.
+The unsharded engines stay; those of a variant are started beside them, and the two take turns.
+Changes and ratios are those of such a pair. `none` pairs unsharded with unsharded. Weight bytes
+freed per rank are those of the plan in force; resident memory is that of the worker process.
 """
 
+import functools
 import json
 import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import free_port, integers, machine, parser, pin, ratio, report, shown, spread
+from common import Times, free_port, integers, machine, parser, pin, ratio, report, shown, spread
 
 WORLD = 2
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
+# "none" is the control: a second unsharded engine, so that it shows the benchmark's own bias
+VARIANTS = {"none": (), **{name: (name,) for name in COMPONENTS}, "all four": COMPONENTS}
 SHORT, LONG = 4, 36  # tokens of a request
-START_SECONDS = 600
+START_SECONDS, ANSWER_SECONDS = 600, 120
+MOST_REQUESTS = 32
+REST = 1.5  # seconds; a worker without work spins for one before it sleeps
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -58,29 +66,20 @@ def held(worker: Any) -> tuple[int, int]:
     return freed, psutil.Process().memory_info().rss
 
 
-def rank_main(
-    rank: int,
-    port: int,
-    model: str,
-    components: list[str],
-    counts: list[int],
-    times: int,
-    pipe: Any,
-) -> None:
-    """One rank of one variant: sends TPOTs in seconds by request count, and what it holds."""
+def rank_main(rank: int, port: int, model: str, components: Sequence[str], pipe: Any) -> None:
+    """One rank of one variant: says what it holds, then times what it is asked for."""
     pin(rank)
     os.environ.update(ENVIRONMENT)
-    os.environ |= {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)}
-    os.environ |= {"VLLM_DP_SIZE": str(WORLD), "VLLM_DP_MASTER_IP": "127.0.0.1"}
+    # stock vLLM runs the ranks of a dense model as engines of their own
+    world, place = (WORLD, rank) if components else (1, 0)
+    os.environ |= {"VLLM_DP_RANK": str(place), "VLLM_DP_RANK_LOCAL": str(place)}
+    os.environ |= {"VLLM_DP_SIZE": str(world), "VLLM_DP_MASTER_IP": "127.0.0.1"}
     os.environ["VLLM_DP_MASTER_PORT"] = str(port)
-    if not components:  # stock vLLM runs the ranks of a dense model as engines of their own
-        os.environ["VLLM_DP_SIZE"] = "1"
-        os.environ["VLLM_DP_RANK"] = os.environ["VLLM_DP_RANK_LOCAL"] = "0"
     from vllm import LLM, SamplingParams
 
-    sizes = {f"{component}_tensor_parallel_size": WORLD for component in components}
     options: dict[str, Any] = {}
     if components:
+        sizes = {f"{component}_tensor_parallel_size": WORLD for component in components}
         options["compilation_config"] = {"passes": ["fgtp"]}
         options["additional_config"] = {"finegrained_tp_config": sizes}
     engine = LLM(
@@ -89,119 +88,149 @@ def rank_main(
         skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=128,
-        max_num_seqs=max(counts),
+        max_num_seqs=MOST_REQUESTS,
         enable_prefix_caching=False,
         **options,
     )
-
-    def seconds(count: int, tokens: int) -> float:
+    pipe.send(engine.collective_rpc(held)[0])
+    while (asked := pipe.recv()) is not None:
+        count, tokens = asked
         prompts: Any = [{"prompt_token_ids": [7 + i] * 8} for i in range(count)]
         sampling = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )
         start = time.perf_counter()
         engine.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - start
-
-    tpot: dict[int, list[float]] = {}
-    for count in counts:
-        seconds(count, SHORT)
-        tpot[count] = [
-            (seconds(count, LONG) - seconds(count, SHORT)) / (LONG - SHORT) for _ in range(times)
-        ]
-    pipe.send((tpot, engine.collective_rpc(held)[0]))
+        pipe.send(time.perf_counter() - start)
 
 
-def run_variant(model: str, components: list[str], counts: list[int], times: int) -> Any:
-    """TPOTs of the slower rank by request count, and what the first rank holds."""
-    context = multiprocessing.get_context("spawn")
-    port, ranks, pipes = free_port(), [], []
-    for rank in range(WORLD):
-        ours, theirs = context.Pipe(duplex=False)
-        arguments = (rank, port, model, components, counts, times, theirs)
-        ranks.append(context.Process(target=rank_main, args=arguments))
-        ranks[-1].start()
-        pipes.append(ours)
+class Engines:
+    """The ranks of one variant. freed, resident: bytes of the first rank, once it is up."""
+
+    def __init__(self, model: str, components: Sequence[str]):
+        context = multiprocessing.get_context("spawn")
+        port, self._ranks, self._pipes = free_port(), [], []
+        self._name = " and ".join(components) or "unsharded"
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            arguments = (rank, port, model, components, theirs)
+            self._ranks.append(context.Process(target=rank_main, args=arguments))
+            self._ranks[-1].start()
+            self._pipes.append(ours)
+
+    def wait_until_up(self) -> None:
+        self.freed, self.resident = self._answers(START_SECONDS)[0]
+
+    def seconds_per_token(self, count: int) -> float:
+        """The TPOT of `count` requests per rank, on the slower rank."""
+        taken = []
+        for tokens in (SHORT, LONG):
+            for pipe in self._pipes:
+                pipe.send((count, tokens))
+            taken.append(self._answers(ANSWER_SECONDS))
+        time.sleep(REST)
+        short, long = taken
+        return max(b - a for a, b in zip(short, long, strict=True)) / (LONG - SHORT)
+
+    def _answers(self, limit: float) -> list[Any]:
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(limit):
+                raise SystemExit(f"rank {rank} of {self._name} did not answer in {limit:g} s")
+        return [pipe.recv() for pipe in self._pipes]
+
+    def end(self) -> None:
+        """End the ranks, and the engine processes that they started."""
+        import psutil
+
+        for rank in self._ranks:
+            if rank.pid is not None and psutil.pid_exists(rank.pid):
+                for process in psutil.Process(rank.pid).children(recursive=True):
+                    process.kill()
+            rank.kill()
+            rank.join(20)
+
+
+@contextmanager
+def engines(model: str, components: Sequence[str]) -> Iterator[Engines]:
+    started = Engines(model, components)
     try:
-        answers = []
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(START_SECONDS):
-                raise SystemExit(f"rank {rank} of {components or 'unsharded'} did not answer")
-            answers.append(pipe.recv())
+        started.wait_until_up()
+        yield started
     finally:
-        end_all(ranks)
-    slower = {
-        count: [max(pair) for pair in zip(*(tpot[count] for tpot, _ in answers), strict=True)]
-        for count in counts
-    }
-    return slower, answers[0][1]
-
-
-def end_all(ranks: list[Any]) -> None:
-    """End the ranks and the engine processes that they started."""
-    import psutil
-
-    for rank in ranks:
-        rank.join(20)
-        if rank.pid is not None and psutil.pid_exists(rank.pid):
-            for process in psutil.Process(rank.pid).children(recursive=True):
-                process.kill()
-        rank.kill()
+        started.end()
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--requests", type=integers, default=[4, 8], help="at a time, per rank")
-    arguments.add_argument("--repetitions", type=int, default=5)
+    arguments.add_argument("--repetitions", type=int, default=7)
     arguments.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark")
     given = arguments.parse_args()
-    variants = {"unsharded": [], **{name: [name] for name in COMPONENTS}, "all four": [*COMPONENTS]}
-    variants["unsharded, again"] = []
     shape = MODEL | (TINY if given.tiny else {})
-    results: dict[str, Any] = {}
+    rows, records = [], []
     with tempfile.TemporaryDirectory(prefix="fgtp_vllm_") as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
-        for name, components in variants.items():
-            results[name] = run_variant(folder, components, given.requests, given.repetitions)
-            print(f"{name}: done", flush=True)
-    rows, records = [], []
-    for count in given.requests:
-        base = results["unsharded"][0][count] + results["unsharded, again"][0][count]
-        for name, (tpot, (freed, resident)) in results.items():
-            change = spread(tpot[count])["median"] - spread(base)["median"]
-            throughput = count / (spread(tpot[count], 1.0)["median"])
-            rows.append(
-                [
-                    count,
-                    name,
-                    shown(spread(tpot[count])),
-                    f"{change:+.1f}",
-                    f"{ratio(base, tpot[count]):.2f}",
-                    f"{throughput:.1f}",
-                    f"{freed / 2**20:.0f}",
-                    f"{resident / 2**20:.0f}",
-                ]
-            )
-            records.append(
-                {
-                    "requests_per_rank": count,
-                    "variant": name,
-                    "tpot_milliseconds": spread(tpot[count]),
-                    "tpot_change_milliseconds": change,
-                    "unsharded_over_this": ratio(base, tpot[count]),
-                    "tokens_per_second_per_rank": throughput,
-                    "weight_bytes_freed_per_rank": freed,
-                    "resident_bytes": resident,
-                }
-            )
+        with engines(folder, ()) as unsharded:
+            for name, components in VARIANTS.items():
+                with engines(folder, components) as variant:
+                    pair = {"unsharded": unsharded, name: variant}
+                    for count in given.requests:
+                        steps = {
+                            key: functools.partial(one.seconds_per_token, count)
+                            for key, one in pair.items()
+                        }
+                        times = take_turns(steps, given.repetitions)
+                        records.append(record(name, count, times, variant))
+                        rows.append(row(records[-1]))
+                print(f"{name}: done", flush=True)
     report(
         f"vLLM, {WORLD} data-parallel ranks, fp32: TPOT of the slower rank, median [p10-p90]",
-        ["requests/rank", "sharded", "TPOT ms", "change ms", "unsharded/this", "tokens/s/rank",
-         "MiB freed", "MiB resident"],
-        rows,
+        ["requests/rank", "sharded", "unsharded ms", "this ms", "change ms", "unsharded/this",
+         "tokens/s/rank", "MiB freed", "MiB resident"],
+        sorted(rows, key=lambda row: row[0]),
         {"benchmark": "vllm_decode", "machine": machine(), "model": shape, "results": records},
         given.output,
     )  # fmt: skip
+
+
+def take_turns(steps: dict[str, Any], repetitions: int) -> Times:
+    """What each step returns, in turn; the first turn, which warms up, is left out."""
+    times: Times = {name: [] for name in steps}
+    for turn in range(repetitions + 1):
+        for name, step in steps.items():
+            taken = step()
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+def record(name: str, count: int, times: Times, variant: Engines) -> dict[str, Any]:
+    changes = [b - a for a, b in zip(times["unsharded"], times[name], strict=True)]
+    return {
+        "requests_per_rank": count,
+        "variant": name,
+        "unsharded_milliseconds": spread(times["unsharded"]),
+        "tpot_milliseconds": spread(times[name]),
+        "tpot_change_milliseconds": spread(changes),
+        "unsharded_over_this": ratio(times["unsharded"], times[name]),
+        "tokens_per_second_per_rank": count / spread(times[name], 1.0)["median"],
+        "weight_bytes_freed_per_rank": variant.freed,
+        "resident_bytes": variant.resident,
+    }
+
+
+def row(one: dict[str, Any]) -> list[Any]:
+    return [
+        one["requests_per_rank"],
+        one["variant"],
+        shown(one["unsharded_milliseconds"]),
+        shown(one["tpot_milliseconds"]),
+        "{median:+.1f} [{p10:+.1f} {p90:+.1f}]".format(**one["tpot_change_milliseconds"]),
+        f"{one['unsharded_over_this']:.2f}",
+        f"{one['tokens_per_second_per_rank']:.1f}",
+        f"{one['weight_bytes_freed_per_rank'] / 2**20:.0f}",
+        f"{one['resident_bytes'] / 2**20:.0f}",
+    ]
 
 
 if __name__ == "__main__":
