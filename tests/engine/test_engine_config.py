@@ -51,7 +51,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "one rank": (shared() | ONE_RANK, "data_parallel_size = 1"),
     "pipeline": (shared() | {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
     "LoRA": (shared() | {"enable_lora": True}, "LoRA"),
-    "micro-batches": (shared() | {"enable_dbo": True}, "micro-batching"),
     "launcher": (
         shared() | {"distributed_executor_backend": "external_launcher"},
         "external_launcher",
