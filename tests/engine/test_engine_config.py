@@ -15,7 +15,7 @@ SIZES = {"oproj_tensor_parallel_size": 2}
 
 def errors_of(model: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
     """What `EngineArgs(**case)` raises, by case; runs in a process of its own."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT, RANK="0")  # external_launcher reads what torchrun sets
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
 
