@@ -40,6 +40,8 @@ def build_model(
         return stock(loader, vllm_config, model_config, prefix)
     host.check_host()
     check_engine(vllm_config)
+    # the core's own messages go where vLLM's go, at its level
+    logging.getLogger("fgtp_pass").parent = logging.getLogger("vllm")
     register({**LAYER_CLASSES, "LogitsProcessor": ShardedLogitsProcessor})
     coordinator = get_dp_group()
     group = data_parallel_group(
@@ -93,7 +95,10 @@ def _give_head_to_logits(model: nn.Module, plan: Plan, group: DataParallelGroup)
 def _report(plan: Plan, group: DataParallelGroup, model: nn.Module) -> None:
     """One line per component group, from its first rank; the whole plan for who debugs."""
     sizes = {site.component: site.group_size for site in plan.sites}
-    largest = max(sizes.values(), default=1)
+    if not sizes:
+        log.info('fgtp: nothing is sharded: "auto" leaves every component off')
+        return
+    largest = max(sizes.values())
     if group.rank % largest == 0:
         held = sum(parameter.nbytes for parameter in model.parameters())
         log.info(
