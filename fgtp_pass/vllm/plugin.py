@@ -43,6 +43,7 @@ def _create_engine_config(stock: Any, self: Any, *args: Any, **kwargs: Any) -> A
     host.check_host()
     config = stock(self, *args, **kwargs)
     settings.check_engine(config)
+    settings.say_what_is_auto(self.additional_config)
     worker.use_sharded_worker(config.parallel_config)
     return config
 

@@ -61,6 +61,17 @@ def warn_of_unused(additional: Any) -> None:
         )
 
 
+def say_what_is_auto(additional: Any) -> None:
+    """Say so where the pass is asked for and sizes are not."""
+    if not isinstance(additional, dict) or COMPONENT_SIZES not in additional:
+        log.info(
+            'no %s in additional_config, so every component is "auto": by predicted cost with a '
+            "decode_batch or an objective in %s, else the largest size within a host.",
+            COMPONENT_SIZES,
+            OPTIONS,
+        )
+
+
 def step_settings(config: Any) -> dict[str, str]:
     """What decides, beside the plan, which collectives a step runs and of what size.
 

@@ -69,6 +69,7 @@ def errors(engines: Any, checkpoint: Checkpoints) -> dict[str, str]:
     cases = {name: case for name, (case, _) in CASES.items()} | {
         "good": shared(),
         "one string": shared() | {"compilation_config": {"passes": "fgtp"}},
+        "pass alone": ON,
         "sizes alone": ONE_RANK | {"additional_config": {"finegrained_tp_config": SIZES}},
     }
     return engines(1).run(errors_of, checkpoint("llama"), cases, timeout=120)[0]
@@ -79,13 +80,17 @@ def test_refused_with_a_reason(errors: dict[str, str], case: str) -> None:
     assert CASES[case][1] in errors[case]
 
 
-@pytest.mark.parametrize("case", ["good", "one string", "sizes alone"])
+@pytest.mark.parametrize("case", ["good", "one string", "pass alone", "sizes alone"])
 def test_accepted(errors: dict[str, str], case: str) -> None:
     assert not errors[case]
 
 
 def test_sizes_without_the_pass_are_a_warning(errors: dict[str, str], engines: Any) -> None:
     assert 'has no "passes": ["fgtp"], so fgtp_pass shards nothing' in engines(1).log(0)
+
+
+def test_the_pass_without_sizes_is_said(errors: dict[str, str], engines: Any) -> None:
+    assert 'so every component is "auto"' in engines(1).log(0)
 
 
 def hashes_and_graphs(job: Job) -> dict[str, Any]:
