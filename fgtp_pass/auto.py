@@ -1,14 +1,12 @@
 """ "auto" in the backend: sizes that the cost model favours, the same on all ranks."""
 
-import hashlib
-import json
 import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
+from fgtp_pass import cache
 from fgtp_pass.agreement import Act, Council
 from fgtp_pass.collectives import DataParallelGroup, hostname
 from fgtp_pass.config import MEASURE, Options
@@ -19,7 +17,6 @@ from fgtp_pass.cost.hardware import Hardware, detect, load
 from fgtp_pass.cost.shape import component_shapes
 from fgtp_pass.detect import Detection
 from fgtp_pass.errors import AgreementError
-from fgtp_pass.models import cache_folder
 from fgtp_pass.ops import value_of
 from fgtp_pass.plan import ChosenSize
 from fgtp_pass.planner import plan_graph
@@ -54,6 +51,11 @@ class SizeChooser:
         auto: dict[str, int] | None = {} if self._by_cost else None
         self.sizes = options.sizes.resolve(group.size, ranks_on_host, auto)
         self.chosen: dict[str, ChosenSize] = {}
+
+    @property
+    def settled(self) -> bool:
+        """Whether all sizes are known before any graph is."""
+        return not self._by_cost
 
     def see(self, detection: Detection) -> None:
         """Choose sizes for the components that no graph has shown before.
@@ -116,9 +118,8 @@ class SizeChooser:
             if detected is not None:
                 return detected
         path = self._kept_at(weight)
-        try:
-            kept = Hardware.model_validate_json(path.read_text())
-        except (OSError, ValidationError):
+        kept = cache.load(path, Hardware)
+        if kept is None:
             return None
         assert kept.calibration is not None
         age = datetime.now(UTC) - datetime.fromisoformat(kept.calibration.measured_at)
@@ -133,8 +134,7 @@ class SizeChooser:
         if self._group.rank == 0:
             path = self._kept_at(weight)
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(self._hardware.model_dump_json())
+                cache.save(path, self._hardware)
             except OSError as error:
                 log.warning("auto: the measurement is not kept for next time: %s", error)
 
@@ -142,8 +142,7 @@ class SizeChooser:
         """One file per machine, number of ranks, device, dtype, threads and version of torch."""
         machine = [hostname(), self._group.size, self._ranks_on_host, torch.get_num_threads()]
         kind = [weight.device.type, str(weight.dtype), torch.__version__]
-        key = hashlib.sha256(json.dumps([*machine, *kind]).encode()).hexdigest()[:16]
-        return cache_folder() / f"calibration-{key}.json"
+        return cache.path_of("calibration", *machine, *kind)
 
 
 def _check_same_components(said: list[dict[str, list[str]]]) -> None:

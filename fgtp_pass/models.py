@@ -4,28 +4,21 @@ The model is built on the meta device and traced with one layer of each distinct
 that layer then stand for those of all layers like it. What was found is kept on disk.
 """
 
-import hashlib
+import functools
 import json
-import os
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from fgtp_pass import cache
 from fgtp_pass.sizes import config_error, unknown
 from fgtp_pass.summary import ModelSummary
-
-_FORMAT = 1  # of `ModelSummary` on disk
-
 
 # names ------------------------------------------------------------------------------------------
 
 
-@cache
+@functools.cache
 def shipped() -> Mapping[str, Path]:
     """The configs that come with the package, by their Hugging Face name."""
     folder = Path(str(files("fgtp_pass") / "configs"))
@@ -74,14 +67,7 @@ def needs_extra(extra: str, what: str) -> Exception:
     return config_error(f"{what} need the extra {extra!r}: pip install 'fgtp-pass[{extra}]'")
 
 
-# cache ------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where summaries and calibrations are kept: $FGTP_CACHE_DIR, or the user's cache folder."""
-    given = os.environ.get("FGTP_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(base) / "fgtp_pass"
+# summaries --------------------------------------------------------------------------------------
 
 
 def summarize(model: str, progress: Callable[[str], None] = lambda _: None) -> ModelSummary:
@@ -91,11 +77,10 @@ def summarize(model: str, progress: Callable[[str], None] = lambda _: None) -> M
     build, or whose graph has no component.
     """
     config = read_config(model)
-    at = cache_folder() / f"model-{_key(config)}.json"
-    try:
-        return ModelSummary.model_validate_json(at.read_text()).model_copy(update={"name": model})
-    except (OSError, ValidationError):
-        pass
+    at = cache.path_of("model", config, cache.code_stamp("torch", "transformers"))
+    kept = cache.load(at, ModelSummary)
+    if kept is not None:
+        return kept.model_copy(update={"name": model})
     try:
         import transformers  # noqa: F401
     except ImportError:
@@ -104,24 +89,7 @@ def summarize(model: str, progress: Callable[[str], None] = lambda _: None) -> M
 
     summary = trace_summary(model, config, progress)
     try:
-        at.parent.mkdir(parents=True, exist_ok=True)
-        at.write_text(summary.model_dump_json())
+        cache.save(at, summary)
     except OSError as error:
         progress(f"not kept for next time: {error}")
     return summary
-
-
-def _key(config: Mapping[str, Any]) -> str:
-    """Changes with the config and with everything that reads it."""
-    versions = [_version(name) for name in ("fgtp-pass", "torch", "transformers")]
-    sources = sorted(Path(__file__).parent.glob("**/*.py"))
-    stamp = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sources]
-    text = json.dumps([_FORMAT, config, versions, stamp], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return ""

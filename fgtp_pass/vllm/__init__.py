@@ -5,6 +5,7 @@
     settings   what the user asked for, checked against the engine's configuration
     build      building the model: plan, agree with the other ranks, build
     sites      which layers are sharded: the core's detection on a meta-device trace
+    kept_plan  the plan from disk, where the same configuration was planned before
     layers     layers that are born sharded, and emit marker ops
     ops        the marker ops: whole shapes for the graph, collectives when run eagerly
     graph      the pass: marker ops -> the core's rewrite -> sharded matmuls and collectives

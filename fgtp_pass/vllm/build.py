@@ -1,7 +1,7 @@
 """Building a model with born-sharded layers: plan, agree with the other ranks, build."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -16,10 +16,11 @@ from fgtp_pass.errors import FgtpError
 from fgtp_pass.plan import Plan, format_bytes
 from fgtp_pass.versions import library_versions
 from fgtp_pass.vllm import host
+from fgtp_pass.vllm.kept_plan import plan_or_kept
 from fgtp_pass.vllm.layers import LAYER_CLASSES, register
 from fgtp_pass.vllm.logits import Exchange, ShardedLogitsProcessor
 from fgtp_pass.vllm.settings import check_engine, read_options, step_settings
-from fgtp_pass.vllm.sites import Construction, constructing, plan_model
+from fgtp_pass.vllm.sites import Construction, Role, constructing
 
 log = logging.getLogger("vllm.fgtp_pass")
 
@@ -52,7 +53,7 @@ def build_model(
         chooser = SizeChooser(
             options, group, council, ranks_on_smallest_host(group), coordinator.device
         )
-        plan, roles = plan_model(vllm_config, options, chooser, group.size)
+        plan, roles = plan_or_kept(vllm_config, options, chooser, group.size)
     council.meet_equal(
         {"plan": plan.fingerprint, "vllm": host.vllm_version()}
         | step_settings(vllm_config)
@@ -63,6 +64,7 @@ def build_model(
     with telling(council), constructing(construction):
         model = stock(loader, vllm_config, model_config, prefix)
         _check_real(model)
+        _check_places(model, roles.values())
     council.meet(Act.SHARD, words="built")
     _give_head_to_logits(model, plan, group)
     _report(plan, group, model)
@@ -78,6 +80,17 @@ def _check_real(model: nn.Module) -> None:
                 f"{name} has no data: vLLM keeps it in a table that fgtp_pass does not know of. "
                 'Please report this model; without "fgtp" in passes it runs unsharded.'
             )
+
+
+def _check_places(model: nn.Module, roles: Iterable[Role]) -> None:
+    """Raise FgtpError if a layer was born in the place of another than the plan means."""
+    sharded = {f"{name}.weight" for name, m in model.named_modules() if hasattr(m, "fgtp")}
+    strayed = sorted({role.weight.fqn for role in roles} - sharded)
+    if strayed:
+        raise FgtpError(
+            f"{', '.join(strayed)} should be sharded, and vLLM built it in another order than when "
+            "it was planned. Please report this model."
+        )
 
 
 def _give_head_to_logits(model: nn.Module, plan: Plan, group: DataParallelGroup) -> None:

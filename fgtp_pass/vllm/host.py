@@ -55,6 +55,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
         "vllm_config",
         "model_config",
     ),
+    "vllm.model_executor.model_loader.utils.get_model_cls": ("model_config",),
     "vllm.model_executor.model_loader.utils.initialize_model": ("vllm_config", "model_config"),
     "vllm.v1.engine.EngineCoreRequest": ("data_parallel_rank", "current_wave"),
     "vllm.v1.engine.core_client.EngineCoreClient.make_client": ("asyncio_mode", "vllm_config"),

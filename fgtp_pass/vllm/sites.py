@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
 from torch import fx, nn
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
@@ -39,9 +40,10 @@ from fgtp_pass.planner import PlannedGraph, PlannedSite, check_requested, plan_g
 _TOKENS = 8  # any count that is no other size of the model; the trace is for all counts
 
 
-@dataclass(frozen=True)
-class Role:
+class Role(BaseModel):
     """What the plan says about one layer: its component, and how its parameters are cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     component: str
     group_size: int
@@ -284,11 +286,10 @@ def _roles(planned: PlannedGraph, model: nn.Module, construction: Construction) 
 
 
 def _site_roles(site: PlannedSite) -> Iterator[Role]:
-    component, size = site.site.component, site.site.group_size
+    component = site.site.component
     for stage, cut in zip(site.match.stages, site.path.cuts, strict=True):
         if isinstance(stage, LookupStage):
-            weight = site.cuts[stage.lookup.weight.placeholder]
-            yield Role(component, size, cut, weight, None)
+            yield _role(site, cut, site.cuts[stage.lookup.weight.placeholder], None)
             continue
         if stage.region is not None and stage.region.vectors:
             raise DetectionError(
@@ -299,4 +300,9 @@ def _site_roles(site: PlannedSite) -> Iterator[Role]:
             assert matmul.weight is not None
             weight = site.cuts[matmul.weight.placeholder]
             bias = site.cuts[matmul.bias] if matmul.bias is not None else None
-            yield Role(component, size, cut, weight, bias)
+            yield _role(site, cut, weight, bias)
+
+
+def _role(site: PlannedSite, cut: Cut, weight: WeightCut, bias: WeightCut | None) -> Role:
+    size = site.site.group_size
+    return Role(component=site.site.component, group_size=size, cut=cut, weight=weight, bias=bias)

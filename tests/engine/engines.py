@@ -285,6 +285,7 @@ class _Serve:
                 "FGTP_TEST_RANK": str(rank),
                 "FGTP_TEST_PID": str(os.getpid()),
                 "FGTP_TEST_FOLDER": self.folder,
+                "FGTP_CACHE_DIR": f"{self.folder}/cache",
             }
             paths = [str(path) for path in (HERE, HERE.parent, CPU_MOE, self.folder)]
             sys.path[:0] = paths

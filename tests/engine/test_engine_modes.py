@@ -25,11 +25,15 @@ def test_inductor(unsharded: One, sharded: Run) -> None:
 def test_piecewise_cold_and_warm(
     unsharded: One, sharded: Run, engines: Any, tmp_path: Path
 ) -> None:
-    """vLLM's own compiler backend behind the pass; the second start finds the first one's cache."""
+    """vLLM's own compiler backend behind the pass; the second start finds the first one's cache
+    and plan.
+    """
     environment = {
         "FGTP_TEST_PIECEWISE": "1",
         "VLLM_CPU_CI_ENV": None,
         "VLLM_CACHE_ROOT": str(tmp_path),
+        "FGTP_CACHE_DIR": str(tmp_path),
+        "VLLM_LOGGING_LEVEL": "DEBUG",
     }
     logs = []
     for _ in range(2):
@@ -41,6 +45,7 @@ def test_piecewise_cold_and_warm(
     assert "Dynamo bytecode transform time" in cold
     assert "Directly load AOT compilation" in warm
     assert "Dynamo bytecode transform time" not in warm
+    assert ("the plan is that of" in cold, "the plan is that of" in warm) == (False, True)
 
 
 def test_enforce_eager(unsharded: One, sharded: Run) -> None:

