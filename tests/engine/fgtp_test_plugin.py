@@ -1,6 +1,6 @@
 """Loaded in every vLLM process of a test: stacks on SIGUSR1, the bytes of the weights; where
-FGTP_TEST_PIECEWISE is set, the compilation mode that vLLM uses on GPUs; where FGTP_TEST_MEMORY is,
-the memory that loading takes.
+FGTP_TEST_PIECEWISE is set, the compilation mode that vLLM uses on GPUs; where FGTP_TEST_PLAIN is,
+plain weights, as there; where FGTP_TEST_MEMORY is, the memory that loading takes.
 """
 
 import faulthandler
@@ -18,6 +18,8 @@ def install() -> None:
         faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     _count_weights()
     _force_piecewise()
+    if "FGTP_TEST_PLAIN" in os.environ:
+        _leave_weights_plain()
     if "FGTP_TEST_MEMORY" in os.environ:
         _watch_memory()
     if "FGTP_TEST_PIECEWISE" in os.environ:
@@ -45,6 +47,17 @@ def _force_piecewise() -> None:
 
     check_and_update_config.fgtp_test = True  # type: ignore[attr-defined]
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _leave_weights_plain() -> None:
+    """CPU kernels pack weights, and then only they can read them; other devices do not."""
+    import torch.nn.functional as F
+    from vllm.model_executor.layers import utils
+
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = F.linear
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch
 
 
 def _count_weights() -> None:

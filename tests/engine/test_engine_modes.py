@@ -48,6 +48,22 @@ def test_piecewise_cold_and_warm(
     assert ("the plan is that of" in cold, "the plan is that of" in warm) == (False, True)
 
 
+def test_plain_weights_are_inputs_of_the_graph(unsharded: One, sharded: Run, engines: Any) -> None:
+    """Where no kernel packs them: what vLLM's fusions see is a linear, not an op of ours."""
+    environment = {"FGTP_TEST_PLAIN": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
+    before = len(engines(2).log(0))
+    assert_same(unsharded("llama"), sharded("llama", shared(), environment=environment))
+    _, graph = engines(2).log(0)[before:].split("the graph after the pass:", 1)
+    graph = graph[: graph.index("return")]
+    assert "fgtp" not in graph
+    layers, shards = 2, ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    linears = [line for line in graph.splitlines() if "= linear(" in line]
+    assert len(linears) == 4 * layers
+    for shard in shards:
+        assert sum(f"{shard}.weight" in line for line in linears) == layers
+    assert graph.count("all_gather_into_tensor(") == 1 + layers  # ids, and each FFN's tokens
+
+
 def test_enforce_eager(unsharded: One, sharded: Run) -> None:
     assert_same(unsharded("llama"), sharded("llama", merged(shared(), {"enforce_eager": True})))
 
