@@ -1,6 +1,5 @@
-"""The plan of a model, from disk where the same configuration was planned before.
-
-Tracing a large model takes longer than anything else that the pass does at start-up.
+"""The plan of a model, from disk where the same configuration was planned before: every rank of
+every start would trace the model again otherwise.
 """
 
 import inspect

@@ -26,8 +26,14 @@ _EARLIER_WAVE = -1
 def start(stock: Any, llm: Any, *args: Any, data_parallel_size: int, **kwargs: Any) -> None:
     """What `LLM.__init__` does, past its refusal of `data_parallel_size`.
 
-    Raises ConfigError if the engines may not be processes of their own.
+    Raises ConfigError if the engines may not be processes of their own, or this process is told
+    to be one of the ranks.
     """
+    if int(os.environ.get("VLLM_DP_SIZE", 1)) > 1:
+        raise ConfigError(
+            f"LLM(data_parallel_size={data_parallel_size}) starts all ranks from one process, and "
+            "VLLM_DP_SIZE says that this process is one of them. Leave one of the two out."
+        )
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         raise ConfigError(
             f"LLM(data_parallel_size={data_parallel_size}) starts one process per rank; "

@@ -82,8 +82,9 @@ def _what_it_says(llm: Any, job: Job) -> Any:
     [
         (TWO_RANKS, {}, "not supported for single-process usage"),  # vLLM's own words
         (merged(shared(), TWO_RANKS), {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, "one process per"),
+        (merged(shared(), TWO_RANKS), {"VLLM_DP_SIZE": "2"}, "this process is one of them"),
     ],
-    ids=["without_the_pass", "without_processes"],
+    ids=["without_the_pass", "without_processes", "as_one_of_the_ranks"],
 )
 def test_refused(
     engines: Callable[[int], Engines],
