@@ -28,7 +28,12 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "vllm.entrypoints.common.offline.OfflineInferenceMixin": (),
     "vllm.entrypoints.llm.EngineArgs": ("data_parallel_size",),
     "vllm.entrypoints.llm.LLM.__init__": ("compilation_config",),
-    "vllm.forward_context.set_forward_context": ("attn_metadata", "vllm_config", "num_tokens"),
+    "vllm.forward_context.set_forward_context": (
+        "attn_metadata",
+        "vllm_config",
+        "num_tokens",
+        "num_tokens_across_dp",
+    ),
     "vllm.model_executor.custom_op.op_registry_oot": (),
     "vllm.model_executor.layers.rotary_embedding._ROPE_DICT": (),
     "vllm.model_executor.layers.linear.LinearBase": ("input_size", "output_size", "quant_config"),

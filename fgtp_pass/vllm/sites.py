@@ -139,7 +139,12 @@ def _plan_on_meta(
             if hasattr(layer, "quant_method"):
                 layer.cpu_linear = F.linear  # what loading weights would have set on a CPU
         stack.enter_context(mock.patch.object(MoERunner, "forward", _opaque_moe))
-        stack.enter_context(set_forward_context(None, config, num_tokens=_TOKENS))
+        # token counts are given: vLLM would ask the other ranks, who may have a plan and not come
+        ranks = config.parallel_config.data_parallel_size
+        counts = torch.full((ranks,), _TOKENS, dtype=torch.int32, device="cpu")
+        stack.enter_context(
+            set_forward_context(None, config, num_tokens=_TOKENS, num_tokens_across_dp=counts)
+        )
         return model, _trace(model, chooser, data_parallel_size)
 
 

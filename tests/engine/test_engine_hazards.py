@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,6 +31,15 @@ def test_a_rank_that_idles_nearly_all_the_time(
     """One request on one rank; vLLM's SPMD way needs one on each, or a rank never joins."""
     first, second = jobs(checkpoint("llama"), [list(prompts())[1:], [0]])
     assert_same(unsharded("llama"), engines(2)(first, second))
+
+
+def test_a_rank_that_must_plan_beside_one_that_need_not(
+    engines: Callable[[int], Engines], checkpoint: Checkpoints, unsharded: Run, tmp_path: Path
+) -> None:
+    first, second = jobs(checkpoint("llama"), [[0, 1, 2, 3], [4, 5, 6]])
+    engines(2)(first, second)  # both have the plan now
+    forgetful = replace(second, environment={"FGTP_CACHE_DIR": str(tmp_path)})
+    assert_same(unsharded("llama"), engines(2)(first, forgetful))
 
 
 def _started(llm: Any, job: Job, tokens: int) -> Any:
