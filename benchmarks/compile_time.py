@@ -26,12 +26,12 @@ from torch import fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PretrainedConfig
 
-from fgtp_pass.collectives import ComponentGroup
-from fgtp_pass.config import parse_sizes
-from fgtp_pass.detect import detect
+from fgtp_pass.collectives.groups import ComponentGroup
+from fgtp_pass.detect.detect import detect
+from fgtp_pass.options.options import parse_sizes
 from fgtp_pass.patterns import BUILTIN
-from fgtp_pass.planner import plan_graph
-from fgtp_pass.rewrite import rewrite
+from fgtp_pass.plan.planner import plan_graph
+from fgtp_pass.rewrite.rewrite import rewrite
 
 WORLD = 8
 TOKENS = 128

@@ -13,19 +13,24 @@ random weights, over a static cache of 64 positions. Variants, interleaved in on
                 torch gives it
     pass        this pass, token counts checked before every step (the default)
     pass-nochk  this pass, check_tokens=False
-    floor       the sharded matmuls on the packed shards of the pass and the collectives, and the
-                unsharded q, k and v, in a bare eager loop: no attention, norms, activations,
-                cache, guards. Nothing can be faster that does the same matmuls with the same
-                collectives.
+    pass-apart  this pass, each site by itself: four messages per layer in place of three
+    floor       what any variant has (attention over the cache, norms, activations, residual adds),
+                with the matmuls on the packed shards of the pass and its collectives, compiled with
+                Inductor: no guards, no host's own work, no masks, no rotary embedding, no cache
+                to be written. Nothing can be faster that does the same with the same collectives
+    no-messages the floor without its collectives, on as many rows: wrong, and what they cost
 
 A step is timed from a barrier to its end, on the rank that ends later. Not measured: prefill,
 sampling, a network (loopback only), more ranks than cores. The logits of all variants but the
 floor are compared before anything is timed.
 """
 
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -55,7 +60,13 @@ from torch.distributed.tensor.parallel import (
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fgtp_pass
-from fgtp_pass import packing, weights
+from fgtp_pass.algebra.path import Path
+from fgtp_pass.algebra.placement import Placement
+from fgtp_pass.algebra.price import by_messages
+from fgtp_pass.backend import runtime
+from fgtp_pass.plan.planner import Prices, plan_graph
+from fgtp_pass.weights import packing
+from fgtp_pass.weights.sharded_parameter import record_of
 
 WORLD = 2
 POSITIONS, POSITION = 64, 48  # length of the static cache, and where the step writes
@@ -68,13 +79,25 @@ SHAPE = {
     "vocab_size": 32000,
 }
 TINY = SHAPE | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
-VARIANTS = ("dp", "dp-packed", "dtensor", "pass", "pass-nochk", "floor")
+VARIANTS = (
+    "dp",
+    "dp-packed",
+    "dtensor",
+    "pass",
+    "pass-nochk",
+    "pass-apart",
+    "floor",
+    "no-messages",
+)
+FLOORS = ("floor", "no-messages")
 PAIRS = (  # whose times are divided
     ("dp", "pass"),
     ("dp-packed", "pass"),
     ("dtensor", "pass"),
+    ("pass-apart", "pass"),
     ("pass", "floor"),
     ("pass-nochk", "floor"),
+    ("floor", "no-messages"),
 )
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
 # largest difference over largest logit; half precision rounds after every op
@@ -150,27 +173,45 @@ def decoder(model: Any, config: LlamaConfig, ids: torch.Tensor) -> Callable[[], 
 
 
 _FFN = ("gate", "up", "down")
+_MATMULS = (*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in _FFN))
 
 
 class Floor:
-    """The matmuls and collectives of one step, on the shards of a model that the pass sharded."""
+    """The work of one step on the shards of a model that the pass sharded, with its collectives.
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor):
+    The values do not matter, the shapes do. moving: whether the collectives run; without them each
+    rank takes its own rows for those of all.
+    """
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor, moving: bool):
         config = model.config
-        self.ids, self.tokens = ids.flatten(), ids.numel()
+        self.ids, self.tokens, self.moving = ids.flatten(), ids.numel(), moving
         self.hidden, self.layers = int(config.hidden_size), int(config.num_hidden_layers)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.w = {name: _as_held(value) for name, value in model.named_parameters()}
         self.group = dist.group.WORLD.group_name
-        self.x = torch.randn(self.tokens, self.hidden).to(config.dtype)
+        head_dim = int(config.head_dim)
+        shape = (self.tokens, self.kv_heads, POSITIONS, head_dim)
+        self.keys = [torch.randn(shape).to(config.dtype) for _ in range(self.layers)]
+        self.norm = torch.ones(self.hidden, dtype=config.dtype)
         self.collectives = 0
+        self.run = torch.compile(self._step, dynamic=False)
+
+    def __call__(self) -> torch.Tensor:
+        out: torch.Tensor = self.run(self.ids)
+        return out
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         self.collectives += 1
+        if not self.moving:
+            return torch.cat([x] * WORLD)
         op = torch.ops._c10d_functional.all_gather_into_tensor
         return self.wait(op(x, WORLD, self.group))
 
     def exchange(self, x: torch.Tensor) -> torch.Tensor:
         self.collectives += 1
+        if not self.moving:
+            return x.clone()
         splits = [self.tokens] * WORLD
         op = torch.ops._c10d_functional.all_to_all_single
         return self.wait(op(x, splits, splits, self.group))
@@ -178,32 +219,67 @@ class Floor:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         return self.exchange(x).view(WORLD, self.tokens, self.hidden).sum(0)
 
+    def sum_for_all(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The residual is added to the own rows; half precision is added in fp32."""
+        padded = F.pad(residual.float(), (0, 0, 0, (WORLD - 1) * self.tokens))
+        parts = self.gather(x.float() + padded).view(WORLD, -1, self.hidden)
+        return parts.sum(0).to(x.dtype)
+
     @staticmethod
     def wait(x: torch.Tensor) -> torch.Tensor:
         waited: torch.Tensor = torch.ops._c10d_functional.wait_tensor(x)
         return waited
 
-    def __call__(self) -> torch.Tensor:
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (self.hidden,), self.norm, 1e-6)
+
+    def attention(self, x: torch.Tensor, layer: int, w: dict[str, torch.Tensor]) -> torch.Tensor:
+        q, k, v = (_linear(x, w[f"self_attn.{name}_proj"]) for name in "qkv")
+        q = q.view(self.tokens, 1, self.heads, -1).transpose(1, 2)
+        keys = self.keys[layer]
+        q = q + (k.sum() + v.sum()) * 0  # k and v, which would be written to the cache, are made
+        out = F.scaled_dot_product_attention(q, keys, keys, enable_gqa=True)
+        return out.transpose(1, 2).reshape(self.tokens, -1)
+
+    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+        self.collectives = 0
         table = self.w["model.embed_tokens.weight"]
-        ids = self.gather(self.ids) % table.shape[0]
-        self.sum(F.embedding(ids, table))
-        x = self.x  # the values do not matter, the shapes do
+        x = self.sum(F.embedding(self.gather(ids) % table.shape[0], table))
         for i in range(self.layers):
             w = {k: self.w[f"model.layers.{i}.{k}.weight"] for k in _MATMULS}
-            q, _, _ = (_linear(x, w[f"self_attn.{name}_proj"]) for name in "qkv")
-            self.exchange(_linear(self.gather(q), w["self_attn.o_proj"]))
-            every = self.gather(x)
-            gate, _ = (_linear(every, w[f"mlp.{name}_proj"]) for name in _FFN[:2])
-            self.sum(_linear(gate, w["mlp.down_proj"]))
-        return self.exchange(_linear(self.gather(x), self.w["lm_head.weight"]))
+            heads = self.attention(self.normed(x), i, w)
+            cut = (
+                heads.view(self.tokens, WORLD, -1).transpose(0, 1).reshape(WORLD * self.tokens, -1)
+            )
+            o = _linear(self.exchange(cut), w["self_attn.o_proj"])
+            every = self.sum_for_all(o, x)
+            x = every[: self.tokens]
+            inner = self.normed(every)
+            gate, up = (_linear(inner, w[f"mlp.{name}_proj"]) for name in ("gate", "up"))
+            down = _linear(F.silu(gate) * up, w["mlp.down_proj"])
+            if i + 1 < self.layers:
+                x = x + self.sum(down)
+            else:
+                every = self.sum_for_all(down, x)
+        return self.exchange(_linear(self.normed(every), self.w["lm_head.weight"]))
 
 
-_MATMULS = (*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in _FFN))
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within it the pass gives each site a path of its own, from own tokens to own tokens."""
+
+    def price(path: Path) -> tuple[float, ...]:
+        joined = path.start is not Placement.OWN or path.end is not Placement.OWN
+        return (joined, *by_messages(path))
+
+    prices = Prices(at=lambda tokens: lambda match: price)
+    with mock.patch.object(runtime, "plan_graph", functools.partial(plan_graph, prices=prices)):
+        yield
 
 
 def _as_held(parameter: nn.Parameter) -> torch.Tensor:
     """A shard as the pass holds it, packed where it packs; a whole parameter as it is."""
-    record = weights.record_of(parameter)
+    record = record_of(parameter)
     return parameter if record is None else record.shard
 
 
@@ -237,6 +313,8 @@ def rank_main(
     if "dtensor" in names:
         models["dtensor"] = by_hand(build(shape, floating), mesh)
     models["pass"] = build(shape, floating)
+    if "pass-apart" in names:
+        models["pass-apart"] = build(shape, floating)
     config = models["dp"].config
     options = {"finegrained_tp_config": {f"{c}_tensor_parallel_size": WORLD for c in COMPONENTS}}
     results = []
@@ -246,28 +324,34 @@ def rank_main(
         ids = torch.randint(0, shape["vocab_size"], (count, 1), generator=generator)
         steps: dict[str, Callable[[], Any]] = {}
         for name in names:
-            if name == "floor":
+            if name in FLOORS:
                 continue
             model = models[name.removesuffix("-nochk")]
             if name.startswith("pass"):
-                chosen = options | {"check_tokens": name == "pass"}
+                chosen = options | {"check_tokens": name != "pass-nochk"}
+                if name == "pass-apart":
+                    chosen["timeout_seconds"] = 599  # other options: other plans
                 compiled = torch.compile(
                     model, backend=fgtp_pass.fgtp_backend, options=chosen, dynamic=False
                 )
             else:
                 compiled = torch.compile(model, dynamic=False)
             steps[name] = decoder(compiled, config, ids)
-        logits = {name: step().float() for name, step in steps.items()}  # compiles
+        logits = {}
+        for name, step in steps.items():
+            with apart() if name == "pass-apart" else nullcontext():
+                logits[name] = step().float()  # compiles
         errors = {name: difference(value, logits["dp"]) for name, value in logits.items()}
         bad = {n: e for n, e in errors.items() if not e < TOLERANCE[dtype]}
         assert not bad, f"the logits differ from plain data parallelism: {bad}"
-        if "floor" in names:
-            floor = Floor(models["pass"], ids)
-            floor()
+        for name in [name for name in names if name in FLOORS]:
+            floor = Floor(models["pass"], ids, moving=name == "floor")
+            floor._step(floor.ids)
             plan = fgtp_pass.applied_plan(models["pass"])
             assert plan is not None
             assert floor.collectives == plan.collectives_per_step
-            steps["floor"] = floor
+            steps[name] = floor
+            floor()  # compiles
         compiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         times = interleave(steps, repetitions, 3, dist.barrier, at_realtime)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiles, "recompiled"

@@ -30,14 +30,14 @@ from torch._guards import detect_fake_mode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PretrainedConfig
 
-from fgtp_pass.backend import compile_inner
-from fgtp_pass.collectives import ComponentGroup
-from fgtp_pass.config import Options
-from fgtp_pass.detect import detect
+from fgtp_pass.backend.inner import compile_inner
+from fgtp_pass.collectives.groups import ComponentGroup
+from fgtp_pass.detect.detect import detect
+from fgtp_pass.options.options import Options
 from fgtp_pass.patterns import BUILTIN
-from fgtp_pass.planner import plan_graph
-from fgtp_pass.rewrite import rewrite
-from fgtp_pass.weights import cut_local
+from fgtp_pass.plan.planner import plan_graph
+from fgtp_pass.rewrite.rewrite import rewrite
+from fgtp_pass.weights.cut import cut_local
 
 SENTINEL = 12345.0
 Call = Callable[[], torch.Tensor]

@@ -31,7 +31,7 @@ from common import (
     spread,
 )
 
-from fgtp_pass import packing
+from fgtp_pass.weights import packing
 
 OUT, IN = 4096, 2048
 BYTES = 300_000_000  # of weights, which is far more than a cache holds

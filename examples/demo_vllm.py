@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm_cpu_moe
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
@@ -85,14 +86,16 @@ def serving(model: Path, log: Path, *arguments: str) -> Iterator[int]:
     """A running `vllm serve` of two ranks; gives its port, and ends all its processes."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
-    command += ["--port", str(port), "--data-parallel-size", "2", "--api-server-count", "1"]
+    command += ["--port", str(port), "--data-parallel-size", "2"]
     command += ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "8"]
     command += ["--skip-tokenizer-init", *arguments]
     # small, and without a C++ compiler: graphs run uncompiled behind Dynamo
     cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     cpu |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_CI_ENV": "1"}
-    plugins = Path(__file__).with_name("cpu_moe_plugin")
-    paths = [str(plugins), *filter(None, [os.environ.get("PYTHONPATH")])]
+    plugin = log.parent / "plugin"
+    vllm_cpu_moe.register(plugin)
+    before = filter(None, [os.environ.get("PYTHONPATH")])
+    paths = [str(Path(vllm_cpu_moe.__file__).parent), str(plugin), *before]
     environment = os.environ | cpu | {"PYTHONPATH": os.pathsep.join(paths)}
     with log.open("w") as out:
         server = subprocess.Popen(

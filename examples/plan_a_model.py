@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fgtp_pass
-from fgtp_pass.plan import format_bytes
+from fgtp_pass.plan.plan import format_bytes
 
 RANKS = 8
 

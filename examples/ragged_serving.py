@@ -115,7 +115,7 @@ def rank_main() -> tuple[int, int, bool]:
 
 
 def main() -> None:
-    results = two_ranks.run(rank_main, timeout=180)
+    results = two_ranks.run(rank_main, timeout=600)
     for rank, (steps, idled, same) in enumerate(results):
         print(f"rank {rank}: {steps} steps, {idled} idle, tokens as unsharded: {same}")
     if not all(same for _, _, same in results):

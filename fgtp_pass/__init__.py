@@ -7,9 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fgtp_pass.backend import fgtp_backend
+    from fgtp_pass.backend.backend import fgtp_backend
+    from fgtp_pass.checkpoint.empty_model import init_empty_weights
+    from fgtp_pass.checkpoint.load import load_checkpoint
+    from fgtp_pass.checkpoint.save import save_checkpoint
+    from fgtp_pass.checkpoint.update import update_weights
+    from fgtp_pass.dry_run.make_plan import make_plan
+    from fgtp_pass.dry_run.snapshot import GraphSnapshot, snapshot_graphs
     from fgtp_pass.errors import (
         AgreementError,
+        CheckpointError,
         ConfigError,
         DetectionError,
         FgtpError,
@@ -18,34 +25,39 @@ if TYPE_CHECKING:
         TokenCountError,
     )
     from fgtp_pass.pattern import Pattern
-    from fgtp_pass.plan import Plan
-    from fgtp_pass.planning import GraphSnapshot, make_plan, snapshot_graphs
-    from fgtp_pass.step import idle_step
-    from fgtp_pass.weights import applied_plan, full_state_dict, shard_state_dict, unshard
+    from fgtp_pass.plan.plan import Plan
+    from fgtp_pass.step.idle_step import idle_step
+    from fgtp_pass.weights.state import applied_plan, full_state_dict, shard_state_dict, unshard
 
 _HOME = {
     "AgreementError": "errors",
+    "CheckpointError": "errors",
     "ConfigError": "errors",
     "DetectionError": "errors",
     "FgtpError": "errors",
-    "GraphSnapshot": "planning",
+    "GraphSnapshot": "dry_run.snapshot",
     "InferenceOnlyError": "errors",
     "Pattern": "pattern",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "ShardedWeightError": "errors",
     "TokenCountError": "errors",
-    "applied_plan": "weights",
-    "fgtp_backend": "backend",
-    "full_state_dict": "weights",
-    "idle_step": "step",
-    "make_plan": "planning",
-    "shard_state_dict": "weights",
-    "snapshot_graphs": "planning",
-    "unshard": "weights",
+    "applied_plan": "weights.state",
+    "fgtp_backend": "backend.backend",
+    "full_state_dict": "weights.state",
+    "idle_step": "step.idle_step",
+    "init_empty_weights": "checkpoint.empty_model",
+    "load_checkpoint": "checkpoint.load",
+    "make_plan": "dry_run.make_plan",
+    "save_checkpoint": "checkpoint.save",
+    "shard_state_dict": "weights.state",
+    "snapshot_graphs": "dry_run.snapshot",
+    "unshard": "weights.state",
+    "update_weights": "checkpoint.update",
 }
 
 __all__ = [
     "AgreementError",
+    "CheckpointError",
     "ConfigError",
     "DetectionError",
     "FgtpError",
@@ -59,10 +71,14 @@ __all__ = [
     "fgtp_backend",
     "full_state_dict",
     "idle_step",
+    "init_empty_weights",
+    "load_checkpoint",
     "make_plan",
+    "save_checkpoint",
     "shard_state_dict",
     "snapshot_graphs",
     "unshard",
+    "update_weights",
 ]
 
 

@@ -1,7 +1,8 @@
 """What the pass needs of torch's compiler beyond its public interface, in one place.
 
 Private names used: `Node._dynamo_source` (where an input comes from), `Node.meta["example_value"]`
-(its fake value), `ShapeEnv.guards`. Checked with torch 2.11 to 2.13.
+(its fake value), `ShapeEnv.guards`, `torch._C._set_throw_on_mutable_data_ptr`, the setting
+`meta_nonzero_assume_all_nonzero`. Checked with torch 2.11 to 2.13.
 """
 
 import gc
@@ -17,6 +18,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import _config as experimental_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 
@@ -49,6 +51,14 @@ def meta_constants() -> Iterator[None]:
 
 
 @contextmanager
+def meta_nonzero() -> Iterator[None]:
+    """Let models on the meta device ask which elements are not zero: all of them."""
+    settings: Any = experimental_config
+    with settings.patch(meta_nonzero_assume_all_nonzero=True):
+        yield
+
+
+@contextmanager
 def no_function_modes() -> Iterator[None]:
     """Without the modes that a caller has entered, such as `with torch.device("cpu"):`.
 
@@ -63,6 +73,13 @@ def no_function_modes() -> Iterator[None]:
             torch._C._push_on_torch_function_stack(mode)
 
 
+def refuse_data_pointer(tensor: torch.Tensor) -> None:
+    """Let whoever asks for the address of the data (`to_dlpack`) get an error, not a null."""
+    refuse = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
+    if refuse is not None:
+        refuse(tensor)
+
+
 def recorded_fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The mode of the values that Dynamo recorded; the tracing context has another one."""
     for node in graph.nodes:
@@ -70,6 +87,16 @@ def recorded_fake_mode(graph: fx.Graph) -> FakeTensorMode:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     raise AssertionError("Dynamo records fake values on every graph")
+
+
+def forget_values(graph: fx.Graph) -> None:
+    """Drop the fake values of a graph that is compiled.
+
+    Dynamo keeps what it compiled for as long as the process lives, and drops those of its own.
+    """
+    for node in graph.nodes:
+        for kept in ("example_value", "val", "grapharg"):
+            node.meta.pop(kept, None)
 
 
 def copy_source(source: fx.Node, target: fx.Node) -> None:

@@ -22,8 +22,19 @@ class DetectionError(FgtpError, ValueError):
     """A requested component has no site in the model, or its weights cannot be cut as asked."""
 
 
+class CheckpointError(FgtpError, ValueError):
+    """A checkpoint is missing, damaged, or of another model; no weight of it is in force."""
+
+
 class AgreementError(FgtpError):
-    """The ranks of a group do not agree, or one of them failed; names the rank and its reason."""
+    """The ranks of a group do not agree, or one of them failed; names the rank and its reason.
+
+    shared: all of them raise it. away: at least one of them could not be reached.
+    """
+
+    def __init__(self, message: str, *, shared: bool = False, away: bool = False):
+        super().__init__(message)
+        self.shared, self.away = shared, away
 
 
 class TokenCountError(FgtpError):

@@ -1,135 +1,46 @@
-"""What a component's pattern is made of: see docs/patterns.md for how to write one."""
+"""What the author of a pattern works with, from one place: see docs/patterns.md."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from fgtp_pass.algebra.placement import Cut
+from fgtp_pass.detect.match import (
+    Findings,
+    LookupStage,
+    Match,
+    MatmulStage,
+    Pattern,
+    Refusal,
+    count_depends_on_data,
+    same_vocabulary,
+    single_matmul,
+)
+from fgtp_pass.graph.dataflow import Facts, GraphView, Reach
+from fgtp_pass.graph.normal_form import Lookup, ParamMatmul, Weight
+from fgtp_pass.graph.op_kinds import OpKind, is_tensor, op_kind, op_name, tensor_inputs, value_of
+from fgtp_pass.graph.region import NoRegion, Region, find_region
 
-import torch
-from torch import fx
-
-from fgtp_pass.algebra import Cut
-from fgtp_pass.dataflow import GraphView
-from fgtp_pass.normal_form import Lookup, ParamMatmul
-from fgtp_pass.ops import value_of
-from fgtp_pass.region import Region
-
-
-@dataclass(frozen=True, eq=False)
-class LookupStage:
-    """A lookup whose table is cut by rows."""
-
-    lookup: Lookup
-
-    cuts = (Cut.ROWS,)
-
-
-@dataclass(frozen=True, eq=False)
-class MatmulStage:
-    """Matmuls side by side on one input, then an optional region of ops local to a feature.
-
-    cuts: the ways in which the component may cut these weights. blocks: per matmul, how many equal
-    blocks its outputs are (2 for a fused gate and up projection).
-    """
-
-    matmuls: tuple[ParamMatmul, ...]
-    cuts: tuple[Cut, ...]
-    blocks: tuple[int, ...]
-    region: Region | None = None
-
-
-Stage = LookupStage | MatmulStage
-
-
-@dataclass(frozen=True, eq=False)
-class Match:
-    """A found site: `stages` take the activation `source` to `output`, which is replaced."""
-
-    component: str
-    stages: tuple[Stage, ...]
-    source: fx.Node
-    output: fx.Node
-
-    @property
-    def parameters(self) -> list[fx.Node]:
-        """The placeholders of all parameters that the site takes over."""
-        nodes: list[fx.Node] = []
-        for stage in self.stages:
-            if isinstance(stage, LookupStage):
-                nodes.append(stage.lookup.weight.placeholder)
-                continue
-            for matmul in stage.matmuls:
-                nodes += [matmul.weight.placeholder] if matmul.weight else []
-                nodes += [matmul.bias] if matmul.bias else []
-            nodes += stage.region.vectors if stage.region else ()
-        return nodes
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A parameter that the pattern looked at and leaves alone, with the reason."""
-
-    placeholder: fx.Node
-    reason: str
-
-
-@dataclass
-class Findings:
-    """What the patterns that ran before have claimed."""
-
-    matches: list[Match] = field(default_factory=list)
-    claimed: set[fx.Node] = field(default_factory=set)
-
-    def of(self, component: str) -> list[Match]:
-        return [match for match in self.matches if match.component == component]
-
-    def add(self, match: Match) -> None:
-        self.matches.append(match)
-        for stage in match.stages:
-            if isinstance(stage, LookupStage):
-                self.claimed.add(stage.lookup.node)
-            else:
-                self.claimed.update(matmul.node for matmul in stage.matmuls)
-
-
-Finder = Callable[[GraphView, Findings], Iterable[Match | Refusal]]
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """The definition of a component.
-
-    component: its name in plans. config_key: its key in `finegrained_tp_config`. aliases: other
-    systems' keys for it. find: yields its sites, and refusals with reasons, in graph order.
-    """
-
-    component: str
-    config_key: str
-    find: Finder
-    aliases: tuple[str, ...] = ()
-
-
-def single_matmul(component: str, matmul: ParamMatmul, cuts: tuple[Cut, ...]) -> Match | Refusal:
-    """The site that one matmul makes by itself, or the refusal if it cannot be cut."""
-    assert matmul.weight is not None
-    reason = matmul.why_not or count_depends_on_data(matmul.input)
-    if reason:
-        return Refusal(matmul.weight.placeholder, reason)
-    stage = MatmulStage((matmul,), cuts, blocks=(1,))
-    return Match(component, (stage,), matmul.input, matmul.node)
-
-
-# Vocabularies are padded to a multiple of this at most (GPU tile sizes: Megatron-LM pads to 128).
-_VOCABULARY_MULTIPLE = 128
-
-
-def same_vocabulary(one: int, other: int) -> bool:
-    """Whether two sizes are one vocabulary, up to the padding of the larger."""
-    small, large = min(one, other), max(one, other)
-    return large <= -(-small // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-
-
-def count_depends_on_data(source: fx.Node) -> str:
-    """A reason if the number of tokens of `source` is known only when it has been computed."""
-    for size in value_of(source).shape:
-        if isinstance(size, torch.SymInt) and not size.node.has_hint():
-            return "its number of tokens depends on data"
-    return ""
+__all__ = [
+    "Cut",
+    "Facts",
+    "Findings",
+    "GraphView",
+    "Lookup",
+    "LookupStage",
+    "Match",
+    "MatmulStage",
+    "NoRegion",
+    "OpKind",
+    "ParamMatmul",
+    "Pattern",
+    "Reach",
+    "Refusal",
+    "Region",
+    "Weight",
+    "count_depends_on_data",
+    "find_region",
+    "is_tensor",
+    "op_kind",
+    "op_name",
+    "same_vocabulary",
+    "single_matmul",
+    "tensor_inputs",
+    "value_of",
+]

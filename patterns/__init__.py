@@ -2,6 +2,11 @@
 
 A pattern sees what the ones before it have claimed, so the order is part of the definition: an
 FFN's down projection may reach the output of a model without a head, and is no lm_head then.
+
+What they are made of comes from `fgtp_pass.pattern`, as for patterns that are not built in.
+
+May import: algebra, graph, detect.
+May be imported by: options, dry_run, models, vllm.
 """
 
 from fgtp_pass.pattern import Pattern

@@ -2,19 +2,24 @@
 
 from collections.abc import Iterator
 
-from fgtp_pass.algebra import Cut
-from fgtp_pass.dataflow import GraphView, Reach
-from fgtp_pass.normal_form import ParamMatmul
-from fgtp_pass.ops import OpKind, op_kind, value_of
 from fgtp_pass.pattern import (
+    Cut,
     Findings,
+    GraphView,
     Match,
     MatmulStage,
+    NoRegion,
+    OpKind,
+    ParamMatmul,
     Pattern,
+    Reach,
     Refusal,
+    Region,
     count_depends_on_data,
+    find_region,
+    op_kind,
+    value_of,
 )
-from fgtp_pass.region import NoRegion, Region, find_region
 
 COMPONENT = "mlp"
 
@@ -48,15 +53,15 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
             ups, (Cut.OUT,), tuple(len(region.blocks[up.node]) for up in ups), region
         )
         second = MatmulStage((down,), (Cut.IN,), (1,))
-        yield Match(COMPONENT, (first, second), ups[0].input, down.node)
+        yield Match(COMPONENT, (first, second), ups[0].input, (down.node,))
 
 
 def _not_a_dense_ffn(view: GraphView, down: ParamMatmul, region: Region) -> str:
     """Why matmuls joined by a region are another component, or a reason not to cut them."""
-    ups, roots = region.ups, {view.root(up.input) for up in region.ups}
-    (root, *other_roots) = roots
+    ups, root = region.ups, view.root(region.ups[0].input)
+    read = {(view.exact_root(up.input), value_of(up.input).dtype) for up in ups}
     assert down.weight is not None
-    if len(ups) > 2 or other_roots:
+    if len(ups) > 2 or len(read) > 1:
         return "it joins projections of different activations"
     if not any(op_kind(op) is OpKind.POINTWISE for op in region.ops):
         return "it is a low-rank pair: no activation function stands between the projections"

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 
-from fgtp_pass.dataflow import GraphView
-from fgtp_pass.normal_form import Lookup
-from fgtp_pass.ops import tensor_inputs, value_of
 from fgtp_pass.pattern import (
     Findings,
+    GraphView,
+    Lookup,
     LookupStage,
     Match,
     Pattern,
     Refusal,
     count_depends_on_data,
     same_vocabulary,
+    tensor_inputs,
+    value_of,
 )
 
 COMPONENT = "embedding"
@@ -47,7 +48,7 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
         if reason:
             yield Refusal(lookup.weight.placeholder, reason)
         else:
-            yield Match(COMPONENT, (LookupStage(lookup),), lookup.ids, lookup.node)
+            yield Match(COMPONENT, (LookupStage(lookup),), lookup.ids, (lookup.node,))
 
 
 def _not_the_vocabulary(view: GraphView, lookup: Lookup, heads: list[int]) -> str:

@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 
-from fgtp_pass.algebra import Cut
-from fgtp_pass.dataflow import GraphView, Reach
-from fgtp_pass.normal_form import ParamMatmul
-from fgtp_pass.ops import is_tensor, value_of
 from fgtp_pass.pattern import (
+    Cut,
     Findings,
+    GraphView,
     Match,
+    ParamMatmul,
     Pattern,
+    Reach,
     Refusal,
+    is_tensor,
     same_vocabulary,
     single_matmul,
+    value_of,
 )
 
 COMPONENT = "lmhead"

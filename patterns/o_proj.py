@@ -2,10 +2,17 @@
 
 from collections.abc import Iterator
 
-from fgtp_pass.algebra import Cut
-from fgtp_pass.dataflow import GraphView, Reach
-from fgtp_pass.normal_form import ParamMatmul
-from fgtp_pass.pattern import Findings, Match, Pattern, Refusal, single_matmul
+from fgtp_pass.pattern import (
+    Cut,
+    Findings,
+    GraphView,
+    Match,
+    ParamMatmul,
+    Pattern,
+    Reach,
+    Refusal,
+    single_matmul,
+)
 
 COMPONENT = "oproj"
 

@@ -73,25 +73,31 @@ def compare_with_unsharded(
     config: dict[str, int],
     dtype: str = "float32",
     inner: str = "eager",
-    lengths: tuple[int, ...] = (5, 8),
+    lengths: tuple[int, ...] = (5,),
+    steps: int = DECODE_STEPS,
     static: bool = False,
     tokens: str = "equal",
     attention: str = "sdpa",
     allow_missing: tuple[str, ...] = (),
+    device: str = "cpu",
     **build: Any,
 ) -> dict[str, Any]:
-    """Largest errors of the sharded model over prefills and decode steps, and its plan."""
+    """Largest errors of the sharded model over prefills and decode steps, and its plan.
+
+    Time goes into tracing: prefill one graph, the first decode step one, the second a dynamic one
+    for all that follow, which then takes a second length too.
+    """
     rank = dist.get_rank()
     model: nn.Module = zoo.build(
-        name, dtype=getattr(torch, dtype), attn_implementation=attention, **build
+        name, dtype=getattr(torch, dtype), attn_implementation=attention, device=device, **build
     )
     runs = []
     for i, length in enumerate(lengths):
         # ragged: every rank has its own batch and length
         batch = 2 + (rank + i) % 2 if tokens == "ragged" else 2
         own = length + (3 * rank if tokens == "ragged" else 0)
-        ids = prompts(rank, batch, own, model.config.vocab_size)
-        runs.append((ids, *decode(model, ids, DECODE_STEPS, static=static)))
+        ids = prompts(rank, batch, own, model.config.vocab_size).to(device)
+        runs.append((ids, *decode(model, ids, steps, static=static)))
     fast = torch.compile(
         model,
         backend=fgtp_backend,
@@ -104,7 +110,7 @@ def compare_with_unsharded(
     )
     worst, worst_rms, same = 0.0, 0.0, True
     for ids, want, chosen in runs:
-        got, tokens_got = decode(fast, ids, DECODE_STEPS, tokens=chosen, static=static)
+        got, tokens_got = decode(fast, ids, steps, tokens=chosen, static=static)
         largest, rms = relative_errors(got, want)
         worst, worst_rms = max(worst, largest), max(worst_rms, rms)
         same = same and torch.equal(tokens_got, chosen)

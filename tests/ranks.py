@@ -1,7 +1,7 @@
 """Real ranks for tests: a pool of processes over gloo on this machine, each call time-limited.
 
-Starting a rank costs seconds (imports), so ranks are kept and reused; a pool that timed out or
-lost a rank is thrown away.
+Ranks are kept and reused; a pool that timed out or lost a rank is thrown away. Importing torch and
+transformers costs a rank seconds, so one process imports them and ranks are forked from it.
 """
 
 import faulthandler
@@ -13,12 +13,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+HANG = 1200.0  # seconds; what takes a minute alone, and ten on a busy machine, hangs by then
+# what ranks are forked from has imported these; none of them starts a thread
+PRELOADED = ["torch._dynamo", "transformers.models.auto.modeling_auto", "transformers.cache_utils"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _serve(rank: int, world: int, port: int, pipe: Connection, dump: str) -> None:
+def _serve(rank: int, world: int, store: str, pipe: Connection, dump: str) -> None:
     with open(dump, "w") as dump_file:
         faulthandler.register(signal.SIGUSR1, file=dump_file, all_threads=True)
         import torch
@@ -55,10 +59,10 @@ def _serve(rank: int, world: int, port: int, pipe: Connection, dump: str) -> Non
         os.environ["FGTP_TEST_RANK"] = str(rank)
         dist.init_process_group(
             "gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
+            init_method=f"file://{store}",
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=120),
+            timeout=timedelta(seconds=HANG),
         )
         serve_calls(pipe)
         dist.destroy_process_group()
@@ -88,27 +92,31 @@ def serve_calls(pipe: Connection) -> None:
 class Pool:
     """`world` ranks that run the same function at the same time.
 
-    serve: what a rank's process runs. daemon: whether it may have no processes of its own.
+    method: how a rank is started: "spawn", or "forkserver", with `PRELOADED` imported.
     """
 
-    def __init__(self, world: int, serve: Callable[..., None] = _serve, daemon: bool = True):
-        context = multiprocessing.get_context("spawn")
-        port = free_port()
+    def __init__(self, world: int, method: str = "spawn"):
         self.world = world
+        self._method = method
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[Any] = []
         for rank in range(world):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=serve,
-                args=(rank, world, port, there, str(self._dump(rank))),
-                daemon=daemon,
-            )
-            process.start()
+            here, there = multiprocessing.Pipe()
+            self._processes.append(self._start(rank, there))
             there.close()
             self._pipes.append(here)
-            self._processes.append(process)
+
+    def _start(self, rank: int, pipe: Connection) -> Any:
+        """A process that answers the calls that come through the pipe."""
+        context: Any = multiprocessing.get_context(self._method)
+        if self._method == "forkserver":
+            context.set_forkserver_preload(PRELOADED)
+        store = f"{self._folder.name}/store"
+        arguments = (rank, self.world, store, pipe, str(self._dump(rank)))
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        return process
 
     def _dump(self, rank: int) -> Path:
         return Path(self._folder.name) / f"rank{rank}.txt"
@@ -118,15 +126,23 @@ class Pool:
         return bool(self._processes) and all(p.is_alive() for p in self._processes)
 
     def outcomes(
-        self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = HANG,
+        awaited: Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> list[Outcome]:
-        """Call on every rank; what happened on each. Raises RankTimeout after `timeout` seconds."""
+        """Call on every rank; what happened on each, or on those that are awaited.
+
+        Raises RankTimeout after `timeout` seconds.
+        """
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
-        outcomes: list[Outcome | None] = [None] * self.world
+        outcomes: dict[int, Outcome] = {}
+        ranks = range(self.world) if awaited is None else awaited
         deadline = time.monotonic() + timeout
-        while None in outcomes:
-            pending = {p: i for i, p in enumerate(self._pipes) if outcomes[i] is None}
+        while pending := {self._pipes[i]: i for i in ranks if i not in outcomes}:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 stacks = self._stacks()
@@ -139,10 +155,10 @@ class Pool:
                     outcomes[pending[pipe]] = pipe.recv()
                 except EOFError:
                     outcomes[pending[pipe]] = Outcome(error="RankDied", message="rank ended")
-        return [o for o in outcomes if o is not None]
+        return [outcomes[i] for i in ranks]
 
     def run(
-        self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any
+        self, function: Callable[..., Any], *args: Any, timeout: float = HANG, **kwargs: Any
     ) -> list[Any]:
         """Call on every rank; the values by rank. Raises RankFailure if any rank raised."""
         outcomes = self.outcomes(function, *args, timeout=timeout, **kwargs)
@@ -191,9 +207,9 @@ class Pools:
     def __call__(self, world: int) -> Pool:
         pool = self._pools.get(world)
         if pool is None or not pool.alive:
-            for other in self._pools.values():  # one at a time: the machine may be small
-                other.close()
-            self._pools = {world: Pool(world)}
+            if pool is not None:
+                pool.kill()
+            self._pools[world] = Pool(world, method="forkserver")
         return self._pools[world]
 
     def close(self) -> None:

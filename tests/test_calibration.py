@@ -1,11 +1,15 @@
 """Constants from times: what is known is found again."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from fgtp_pass.algebra import Collective, sent_bytes
-from fgtp_pass.cost.calibrate import _fit_collective, _spread, fit_roofline
+from fgtp_pass.algebra.path import sent_bytes
+from fgtp_pass.algebra.placement import Collective
+from fgtp_pass.calibration import measure
+from fgtp_pass.calibration.fit import _fit_collective, _spread, fit_roofline
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
 
@@ -42,6 +46,28 @@ def test_noise_gives_no_impossible_constants() -> None:
     assert found.base_seconds >= 0
     assert found.bytes_per_second > 0
     assert found.seconds_per_peer == 0
+
+
+def test_a_busy_machine_is_measured_again_and_then_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other work hid what a collective adds to matmuls: there was nothing to fit."""
+    given: list[float] = []
+    monkeypatch.setattr(measure, "_times", lambda group, chain: [given.pop(0)] * 3)
+    group = SimpleNamespace(rank=0, component_group=lambda size: None)
+    weights = [torch.zeros(2048, 2048)]
+
+    def chain() -> list[float]:
+        return measure._collective_chain(group, Collective.ALL_GATHER, 2, 4, weights)  # type: ignore[arg-type]
+
+    given[:] = [5.0, 4.0, 5.0, 6.0]  # matmuls alone, and with the collective; then again
+    assert chain() == [1.0] * 3
+    assert not caplog.messages
+    given[:] = [5.0, 4.0] * 3 + [0.5]
+    assert chain() == [0.5] * 3
+    assert "an all_gather of 4 rows over 2 ranks" in caplog.text
+    times = {(Collective.ALL_GATHER, 2, n): [0.5] * 3 for n in (4, 32)}
+    assert _fit_collective(Collective.ALL_GATHER, times, (2,), 8192, "").base_seconds >= 0
 
 
 def test_spread_is_relative() -> None:

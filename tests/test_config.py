@@ -10,14 +10,19 @@ import zoo
 from decoding import prompts, relative_errors, sizes
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import quick
 from ranks import Pools
 from torch import nn
 
 import fgtp_pass
 from fgtp_pass import ConfigError, DetectionError, FgtpError, InferenceOnlyError, fgtp_backend
-from fgtp_pass.config import parse_options, parse_sizes
+from fgtp_pass.options.options import parse_options
 from fgtp_pass.patterns import BUILTIN
+from fgtp_pass.plan.sizes import parse_sizes
 from fgtp_pass.versions import check_torch
+from fgtp_pass.vllm import host
+
+pytestmark = quick
 
 KEYS = [key for p in BUILTIN for key in (p.config_key, *p.aliases)]
 
@@ -49,7 +54,9 @@ def test_bad_sizes(config: Any, said: str) -> None:
 
 @pytest.mark.parametrize("off", [-1, 0, 1, None])
 def test_off(off: int | None) -> None:
-    parsed = parse_sizes({"mlp_tensor_parallel_size": off, "oproj_tensor_parallel_size": 2})
+    parsed = parse_sizes(
+        {"mlp_tensor_parallel_size": off, "oproj_tensor_parallel_size": 2}, BUILTIN
+    )
     assert parsed.requested == {"oproj": 2}
 
 
@@ -63,20 +70,20 @@ def test_off(off: int | None) -> None:
     ],
 )
 def test_aliases_of_other_systems(alias: str, component: str) -> None:
-    assert parse_sizes({alias: 4}).requested == {component: 4}
+    assert parse_sizes({alias: 4}, BUILTIN).requested == {component: 4}
     canonical = f"{component}_tensor_parallel_size"
-    assert parse_sizes({alias: 4, canonical: 4}).requested == {component: 4}
+    assert parse_sizes({alias: 4, canonical: 4}, BUILTIN).requested == {component: 4}
 
 
 @pytest.mark.parametrize(("ranks_on_host", "size"), [(8, 8), (6, 4), (3, 2), (1, 1)])
 def test_auto_stays_on_a_host(ranks_on_host: int, size: int) -> None:
-    assert set(parse_sizes(None).resolve(8, ranks_on_host).values()) == {size}
+    assert set(parse_sizes(None, BUILTIN).resolve(8, ranks_on_host).values()) == {size}
 
 
 @pytest.mark.parametrize("size", [3, 16])
 def test_size_that_does_not_divide_or_exceeds(size: int) -> None:
     with pytest.raises(ConfigError, match=r"Choose one of \[1, 2, 4, 8\]"):
-        parse_sizes({"mlp_tensor_parallel_size": size}).resolve(8, 8)
+        parse_sizes({"mlp_tensor_parallel_size": size}, BUILTIN).resolve(8, 8)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,7 @@ def test_bad_options(options: dict[str, Any], said: str) -> None:
 )
 def test_any_config_is_either_understood_or_a_config_error(config: dict[str, Any]) -> None:
     try:
-        resolved = parse_sizes(config).resolve(8, 8)
+        resolved = parse_sizes(config, BUILTIN).resolve(8, 8)
     except ConfigError as error:
         assert str(error)  # noqa: PT017 - a sentence, not any other exception
         return
@@ -153,9 +160,23 @@ def test_unsupported_torch(version: str) -> None:
         check_torch(version)
 
 
+@pytest.mark.filterwarnings("error")
 def test_supported_torch() -> None:
-    for version in ("2.11.0", "2.13.0+cpu", "3.0.0"):
+    for version in ("2.11.0", "2.13.0+cpu", "2.15.1"):
         check_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.16.0a0", "3.0.0"])
+def test_a_torch_newer_than_was_tested_is_a_warning(version: str) -> None:
+    with pytest.warns(UserWarning, match=r"newer than any .* \(2\.11 to 2\.15\)"):
+        check_torch(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.1", "0.34.0"])
+def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(host, "vllm_version", lambda: version)
+    with pytest.raises(FgtpError, match=f"supports vLLM .* and this is vLLM {version}"):
+        host.check_host()
 
 
 @pytest.mark.parametrize("component", ["mlp"])

@@ -6,7 +6,9 @@ import pytest
 import torch
 import zoo
 from decoding import sizes
+from marks import architectures, typical
 from ranks import Pools
+from transformers.models.falcon import modeling_falcon
 
 import fgtp_pass
 from fgtp_pass import Plan
@@ -53,7 +55,7 @@ def assert_expected(name: str, plan: Plan) -> None:
     assert weights_by_component(plan) == expected
 
 
-@pytest.mark.parametrize("name", list(zoo.ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures())
 def test_sites_and_reasons(name: str) -> None:
     plan = plan_of(name, use_cache=True)
     assert_expected(name, plan)
@@ -64,7 +66,7 @@ def test_sites_and_reasons(name: str) -> None:
         assert any(word in left.reason for word in accepted), (left.fqn, left.reason)
 
 
-@pytest.mark.parametrize("name", list(zoo.ARCHITECTURES))
+@pytest.mark.parametrize("name", typical())
 def test_sites_do_not_depend_on_how_the_model_is_called(name: str) -> None:
     assert_expected(name, plan_of(name, attention="eager", use_cache=False, logits_to_keep=1))
     assert_expected(name, plan_of(name, meta=True, use_cache=True))
@@ -74,6 +76,15 @@ def test_sites_do_not_depend_on_how_the_model_is_called(name: str) -> None:
 def test_sites_of_a_dynamic_graph(name: str) -> None:
     with torch._dynamo.config.patch(assume_static_by_default=False):
         assert_expected(name, plan_of(name, use_cache=True))
+
+
+def test_a_transpose_as_torch_2_15_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        product = x @ torch.ops.aten.numpy_T(self.weight)
+        return product if self.bias is None else product + self.bias
+
+    monkeypatch.setattr(modeling_falcon.FalconLinear, "forward", forward)
+    assert_expected("falcon", plan_of("falcon", use_cache=True))
 
 
 def test_plans_need_no_names() -> None:

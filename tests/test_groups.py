@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fgtp_pass
-from fgtp_pass import fgtp_backend, weights
+from fgtp_pass import fgtp_backend
+from fgtp_pass.weights.state import sharded_parameters
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def _groups_of(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
     assert relative_errors(fast(input_ids=ids).logits, want)[0] < 1e-5
     return {
         name: parameter._fgtp_record.group.ranks
-        for name, parameter in weights.sharded_parameters(model).items()
+        for name, parameter in sharded_parameters(model).items()
     }
 
 
@@ -145,7 +146,7 @@ def _data_parallel_by_tensor_parallel(as_mesh: bool) -> None:
             "process_group": data_parallel if as_mesh else data_parallel.get_group(),
         },
     )
-    for length in (5, 6, 7):
+    for length in (5, 6):  # static sizes, then dynamic ones
         ids = prompts(data_parallel.get_local_rank(), 2, length, 96)
         assert relative_errors(fast(ids), whole(ids))[0] < 1e-5
     plan = fgtp_pass.applied_plan(fast)
@@ -153,7 +154,7 @@ def _data_parallel_by_tensor_parallel(as_mesh: bool) -> None:
     counts = {c: sum(s.component == c for s in plan.sites) for c in ("oproj", "mlp")}
     assert counts == {"oproj": 2, "mlp": 2}
     assert {s.component for s in plan.sites} == {"embedding", "lmhead", "oproj", "mlp"}
-    for parameter in weights.sharded_parameters(model).values():
+    for parameter in sharded_parameters(model).values():
         assert len(set(parameter._fgtp_record.group.ranks)) == 2
     fgtp_pass.unshard(fast)
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-import zoo
 from decoding import compare_with_unsharded, sizes
+from marks import architectures, typical
 from ranks import Pools
 from test_detection import missing
 
@@ -25,12 +25,12 @@ def check(results: list[dict[str, Any]], dtype: str = "float32") -> None:
     assert len({result["plan"] for result in results}) == 1
 
 
-@pytest.mark.parametrize("name", list(zoo.ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures())
 def test_two_ranks_fp32(ranks: Pools, name: str) -> None:
     check(ranks(2).run(compare_with_unsharded, name, sizes(2), allow_missing=missing(name)))
 
 
-@pytest.mark.parametrize("name", list(zoo.ARCHITECTURES))
+@pytest.mark.parametrize("name", typical())
 def test_two_ranks_bf16(ranks: Pools, name: str) -> None:
     results = ranks(2).run(
         compare_with_unsharded,
@@ -39,29 +39,29 @@ def test_two_ranks_bf16(ranks: Pools, name: str) -> None:
         dtype="bfloat16",
         seed=BF16_SEED.get(name, 0),
         lengths=(6,),
+        steps=1,
         allow_missing=missing(name),
     )
     check(results, "bfloat16")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", INDUCTOR)
+@pytest.mark.parametrize("name", typical(INDUCTOR, "llama"))
 def test_two_ranks_inductor(ranks: Pools, name: str) -> None:
-    results = ranks(2).run(
-        compare_with_unsharded, name, sizes(2), inner="inductor", lengths=(5,), timeout=400
-    )
-    check(results)
+    check(ranks(2).run(compare_with_unsharded, name, sizes(2), inner="inductor", steps=1))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom", "deepseek_v2"])
+STATIC = ("llama", "gemma3", "gpt2", "bloom", "deepseek_v2")
+
+
+@pytest.mark.parametrize("name", typical(STATIC, "gemma3"))
 def test_static_cache(ranks: Pools, name: str) -> None:
-    check(ranks(2).run(compare_with_unsharded, name, sizes(2), static=True))
+    check(ranks(2).run(compare_with_unsharded, name, sizes(2), steps=2, static=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe", "phi3"])
+@pytest.mark.parametrize("name", typical(("llama", "gpt2", "qwen2_moe", "phi3"), "gpt2"))
 def test_eager_attention_and_aot(ranks: Pools, name: str) -> None:
     results = ranks(2).run(
-        compare_with_unsharded, name, sizes(2), attention="eager", inner="aot_eager", lengths=(5,)
+        compare_with_unsharded, name, sizes(2), attention="eager", inner="aot_eager", steps=1
     )
     check(results)
 
@@ -75,15 +75,15 @@ FOUR_RANKS = {
 }
 
 
-@pytest.mark.parametrize("name", list(FOUR_RANKS))
+@pytest.mark.parametrize("name", typical(FOUR_RANKS, "llama", "gpt2"))
 def test_four_ranks(ranks: Pools, name: str) -> None:
-    check(ranks(4).run(compare_with_unsharded, name, FOUR_RANKS[name], lengths=(5,)))
+    check(ranks(4).run(compare_with_unsharded, name, FOUR_RANKS[name], steps=1))
 
 
 @pytest.mark.parametrize("component", ["embedding", "lmhead", "oproj", "mlp"])
 def test_one_component_alone(ranks: Pools, component: str) -> None:
     config = sizes(**{component: 2})
-    for result in (results := ranks(2).run(compare_with_unsharded, "llama", config, lengths=(4,))):
+    for result in (results := ranks(2).run(compare_with_unsharded, "llama", config, steps=1)):
         assert f'"{component}"' in result["plan"]
     check(results)
 
@@ -92,12 +92,10 @@ def test_one_component_alone(ranks: Pools, component: str) -> None:
 def test_inner_widths_that_k_does_not_divide(ranks: Pools, width: int) -> None:
     for name in ("llama", "phi3", "starcoder2"):
         results = ranks(2).run(
-            compare_with_unsharded, name, sizes(2), lengths=(4,), intermediate_size=width
+            compare_with_unsharded, name, sizes(2), steps=0, intermediate_size=width
         )
         check(results)
 
 
 def test_inner_width_smaller_than_the_group(ranks: Pools) -> None:
-    check(
-        ranks(4).run(compare_with_unsharded, "llama", sizes(4), lengths=(4,), intermediate_size=5)
-    )
+    check(ranks(4).run(compare_with_unsharded, "llama", sizes(4), steps=0, intermediate_size=5))

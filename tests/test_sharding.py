@@ -2,9 +2,9 @@
 
 import copy
 import io
-import threading
 import warnings
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 import zoo
 from decoding import ALL, DECODE_STEPS, decode, prompts, relative_errors, sizes
+from peak_memory import PeakMemory
 from ranks import Pools
 from torch import nn
 
 import fgtp_pass
-from fgtp_pass import ShardedWeightError, fgtp_backend, weights
+from fgtp_pass import ShardedWeightError, fgtp_backend
+from fgtp_pass.backend import runtime
 
 
 def compiled(model: nn.Module, k: int = 2, **options: Any) -> Any:
@@ -77,7 +79,7 @@ def _memory() -> dict[str, float]:
     largest = max(p.numel() * p.element_size() for p in model.parameters())
     full = sum(p.numel() * p.element_size() for p in model.parameters())
     fast = compiled(model)
-    shard, seen = weights.shard_parameters, {}
+    shard, seen = runtime.shard_parameters, {}
 
     def watched(*args: Any) -> int:
         seen["before"] = process.memory_info().rss
@@ -86,11 +88,8 @@ def _memory() -> dict[str, float]:
         seen.update(peak=peak.bytes, after=process.memory_info().rss)
         return new
 
-    weights.shard_parameters = watched
-    try:
+    with mock.patch.object(runtime, "shard_parameters", watched):
         got = step(fast)
-    finally:
-        weights.shard_parameters = shard
     assert relative_errors(got, want)[0] < 1e-5
     plan = fgtp_pass.applied_plan(fast)
     assert plan is not None
@@ -103,28 +102,6 @@ def _memory() -> dict[str, float]:
         "peak": seen["peak"] - seen["before"],
         "largest": largest,
     }
-
-
-class PeakMemory:
-    """The highest resident set while it is entered, sampled every millisecond."""
-
-    def __init__(self, process: psutil.Process) -> None:
-        self.bytes = 0
-        self._process = process
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.001):
-            self.bytes = max(self.bytes, self._process.memory_info().rss)
-
-    def __enter__(self) -> "PeakMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 def _whole(model: nn.Module) -> list[torch.Tensor]:

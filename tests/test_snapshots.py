@@ -14,16 +14,28 @@ import fgtp_pass
 from fgtp_pass import GraphSnapshot
 
 FOLDER = Path(__file__).parent / "snapshots"
-# per architecture: a name of the snapshot, and how many all_gather, all_to_all, reduce_scatter.
-# embedding: 1 + 0 + 1; lm_head: 1 + 1 + 0; each o_proj: 1 + 1 + 0, or 0 + 1 + 1 where its input
-# is wider than its output; each FFN: 1 + 0 + 1.
+KINDS = {
+    "all_gather": "all_gather_into_tensor",
+    "all_to_all": "all_to_all_single",
+    "reduce_scatter": "reduce_scatter_tensor",
+    "all_reduce": "all_reduce",
+}
+# per architecture how many of each, in the order of KINDS, for a model of two layers.
+# embedding: 1 + 0 + 1; then per layer attention's exchange, an all_reduce into the FFN, and a
+# reduce_scatter behind it, but an all_reduce into the lm_head behind the last; lm_head: 1 exchange.
+ONE_AFTER_THE_OTHER = (1, 2 + 1, 1 + 1, 2 + 1)
+# attention and FFN share one all_reduce, which is also the next layer's way to all tokens
+BESIDE_EACH_OTHER = (1, 2 + 1, 0, 1 + 2)
+# norms between o_proj and the residual: the residual is gathered beside the result
+SANDWICH = (1 + 2 * 2 + 1, 1, 1 + 2, 0)
 COUNTS = {
-    "llama": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
-    "gpt2": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
-    "falcon": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
-    "phi3": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
-    "gemma3": (1 + 1 + 2 * 2, 1 + 2, 1 + 2),
-    "deepseek_v3": (1 + 1 + 1, 1 + 3, 1 + 1 + 3),
+    "llama": ONE_AFTER_THE_OTHER,
+    "gpt2": ONE_AFTER_THE_OTHER,
+    "falcon": BESIDE_EACH_OTHER,
+    "phi3": ONE_AFTER_THE_OTHER,
+    "gemma3": SANDWICH,
+    # three layers, the first with a dense FFN; the other o_projs touch experts; wide o_projs
+    "deepseek_v3": (1 + 1, 3 + 1, 1 + 1 + 2, 1),
 }
 
 
@@ -57,15 +69,13 @@ def test_graphs_are_as_pinned(name: str, ranks: Pools, request: pytest.FixtureRe
 def test_exact_number_of_each_collective(name: str) -> None:
     graph = snapshot(name)
     ops = Counter(
-        word
+        kind
         for line in graph.after.splitlines()
-        for word in ("all_gather_into_tensor", "all_to_all_single", "reduce_scatter_tensor")
-        if f"::{word}(" in line
+        for kind, op in KINDS.items()
+        if f"::{op}(" in line
     )
-    gathers, exchanges, scatters = COUNTS[name]
-    assert ops["all_gather_into_tensor"] == gathers == graph.collectives["all_gather"]
-    assert ops["all_to_all_single"] == exchanges == graph.collectives["all_to_all"]
-    assert ops["reduce_scatter_tensor"] == scatters == graph.collectives["reduce_scatter"]
+    assert tuple(ops[kind] for kind in KINDS) == COUNTS[name]
+    assert ops == graph.collectives
     assert "_c10d_functional" not in graph.before
 
 

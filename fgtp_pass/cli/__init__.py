@@ -1,4 +1,8 @@
-"""The command `fgtp`. Each command imports what it needs when it runs, so that help is instant."""
+"""The command `fgtp`. Each command imports what it needs when it runs, so that help is instant.
+
+May import: plan, cost, calibration, models, page.
+May be imported by: no other room.
+"""
 
 import sys
 
@@ -10,7 +14,9 @@ def main() -> None:
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("typer", "rich"):
             raise
-        sys.exit("fgtp: the command line needs the extra 'cli': pip install 'fgtp-pass[cli]'")
+        from fgtp_pass.hints import install_extra
+
+        sys.exit(f"fgtp: the command line needs the extra 'cli': {install_extra('cli')}")
     try:
         app()
     except Exception as error:

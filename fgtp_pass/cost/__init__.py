@@ -1,4 +1,7 @@
 """What fine-grained TP saves and costs, in bytes and seconds. See docs/cost-model.md.
 
-Nothing here imports torch, except for calibration.
+Imports no torch.
+
+May import: algebra, plan.
+May be imported by: calibration, options, models, page, cli.
 """

@@ -1,13 +1,15 @@
 """Which sizes to take: what "auto" means, for the backend, vLLM and the command line alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fgtp_pass.cost.estimate import Cluster
 from fgtp_pass.cost.shape import ComponentShape
-from fgtp_pass.plan import format_bytes
-from fgtp_pass.sizes import config_error, divisors, unknown
+from fgtp_pass.cost.uncertainty import Predicted
+from fgtp_pass.hints import config_error, unknown
+from fgtp_pass.plan.plan import format_bytes
+from fgtp_pass.plan.sizes import divisors
 
 Objective = Literal["latency", "memory", "balanced"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -23,46 +25,73 @@ def read_objective(name: str) -> Objective:
 
 @dataclass(frozen=True)
 class Choice:
-    """Chosen sizes, 1 for off, and for each component one sentence of reason."""
+    """Chosen sizes, 1 for off, and for each component one sentence of reason.
+
+    enough: whether they free what had to be freed.
+    """
 
     sizes: Mapping[str, int]
     reasons: Mapping[str, str]
-
-
-def choose_sizes(
-    shapes: Mapping[str, ComponentShape], cluster: Cluster, tokens: int, objective: Objective
-) -> Choice:
-    """The sizes that the objective favours at `tokens` tokens per rank.
-
-    latency: the size with the largest predicted gain; off where every size loses. balanced: the
-    size that frees most memory without losing time; off where every size loses. memory: the size
-    that frees most memory. Groups stay within a node. Components that share a tied weight get one
-    size, for their sum.
-
-    shapes: see `fgtp_pass.cost.shape.component_shapes`.
-    """
-    sizes: dict[str, int] = {}
-    reasons: dict[str, str] = {}
-    for together in _tied(shapes):
-        names = " and ".join(together)
-        candidates = [
-            _candidate(together, shapes, cluster, size, tokens) for size in _sizes(cluster)
-        ]
-        chosen, reason = _choose(candidates, objective, tokens)
-        for name in together:
-            sizes[name] = chosen
-            reasons[name] = reason if len(together) == 1 else f"{names} share a weight: {reason}"
-    return Choice(sizes, reasons)
+    enough: bool = True
 
 
 @dataclass(frozen=True)
 class _Candidate:
+    """One size for the components that share it: its change of time, and bytes freed per device."""
+
     size: int
-    seconds: float
+    change: Predicted
     saved: float
 
 
-def _sizes(cluster: Cluster) -> list[int]:
+_OFF = _Candidate(1, Predicted(0, 0, 0, {}), 0)
+
+
+def choose_sizes(
+    shapes: Mapping[str, ComponentShape],
+    cluster: Cluster,
+    tokens: int,
+    objective: Objective,
+    needed_bytes: float = 0,
+) -> Choice:
+    """The sizes that the objective favours at `tokens` tokens per rank.
+
+    latency: the size with the largest predicted gain. balanced: the size that frees most memory
+    without losing time. Both take only gains whose sign is the same all over the range of the
+    prediction, and leave a component whole otherwise. memory: the size that frees most memory.
+    If that frees less than `needed_bytes` on a device, the sizes that free enough at the smallest
+    loss are taken instead, or where none do those that free most. Groups stay within a node.
+    Components that share a tied weight get one size, for their sum.
+
+    shapes: see `fgtp_pass.cost.shape.component_shapes`.
+    """
+    together = tied(shapes)
+    options = {
+        names: [_candidate(names, shapes, cluster, size, tokens) for size in group_sizes(cluster)]
+        for names in together
+    }
+    chosen = {names: _choose(options[names], objective, tokens) for names in together}
+    enough = True
+    if sum(candidate.saved for candidate, _ in chosen.values()) < needed_bytes:
+        forced = _smallest_loss([options[names] for names in together], needed_bytes)
+        enough = sum(candidate.saved for candidate in forced) >= needed_bytes
+        chosen = {
+            names: chosen[names]
+            if candidate is chosen[names][0]
+            else (candidate, _why_forced(candidate, tokens, enough))
+            for names, candidate in zip(together, forced, strict=True)
+        }
+    sizes: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    for names, (candidate, reason) in chosen.items():
+        for name in names:
+            sizes[name] = candidate.size
+            shared = f"{' and '.join(names)} share a weight: "
+            reasons[name] = reason if len(names) == 1 else shared + reason
+    return Choice(sizes, reasons, enough)
+
+
+def group_sizes(cluster: Cluster) -> list[int]:
     """Sizes > 1 whose groups stay within a node."""
     within = min(cluster.ranks_per_node, cluster.data_parallel_size)
     return [k for k in divisors(cluster.data_parallel_size) if k > 1 and within % k == 0]
@@ -75,42 +104,75 @@ def _candidate(
     size: int,
     tokens: int,
 ) -> _Candidate:
-    seconds = sum(cluster.change_seconds(shapes[name], size, tokens) for name in together)
-    return _Candidate(size, seconds, sum(shapes[name].bytes_saved(size) for name in together))
-
-
-def _choose(candidates: list[_Candidate], objective: Objective, tokens: int) -> tuple[int, str]:
-    if not candidates:
-        return 1, "no two ranks share a node"
-    fastest = min(candidates, key=lambda c: c.seconds)
-    gains = [c for c in candidates if c.seconds < 0]
-    if objective == "memory":
-        best = max(candidates, key=lambda c: (c.saved, -c.seconds))
-    elif not gains:
-        return 1, (
-            f"every size loses time at {tokens} tokens per rank, {fastest.size} least "
-            f"({_ms(fastest.seconds)} for {format_bytes(fastest.saved)})"
-        )
-    elif objective == "latency":
-        best = fastest
-    else:
-        best = max(gains, key=lambda c: (c.saved, -c.seconds))
-    why = {
-        "latency": "the fastest size",
-        "memory": "the size that frees most",
-        "balanced": "frees most of the sizes that lose no time",
-    }[objective]
-    text = (
-        f"{why}: {_ms(best.seconds)} at {tokens} tokens per rank, frees {format_bytes(best.saved)}"
+    changes = [cluster.change_range(shapes[name], size, tokens) for name in together]
+    # what is uncertain of one is uncertain of the other
+    change = Predicted(
+        sum(c.low for c in changes), sum(c.mid for c in changes), sum(c.high for c in changes), {}
     )
-    return best.size, text
+    saved = sum(shapes[name].bytes_saved(size) for name in together)
+    return _Candidate(size, change, saved / cluster.tensor_parallel_size)
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:+.2f} ms"
+def _choose(
+    candidates: Sequence[_Candidate], objective: Objective, tokens: int
+) -> tuple[_Candidate, str]:
+    if not candidates:
+        return _OFF, "no two ranks share a node"
+    fastest = min(candidates, key=lambda c: c.change.mid)
+    gains = [c for c in candidates if c.change.high < 0]
+    if objective == "memory":
+        best = max(candidates, key=lambda c: (c.saved, -c.change.mid))
+        return best, f"the size that frees most: {_said(best, tokens)}"
+    if not gains and fastest.change.low < 0:
+        return _OFF, f"too close to call, {fastest.size} is nearest: {_said(fastest, tokens)}"
+    if not gains:
+        return _OFF, f"every size loses time, {fastest.size} least: {_said(fastest, tokens)}"
+    if objective == "latency":
+        best = min(gains, key=lambda c: c.change.mid)
+        return best, f"the fastest size: {_said(best, tokens)}"
+    best = max(gains, key=lambda c: (c.saved, -c.change.mid))
+    return best, f"frees most of the sizes that lose no time: {_said(best, tokens)}"
 
 
-def _tied(shapes: Mapping[str, ComponentShape]) -> list[tuple[str, ...]]:
+def _said(candidate: _Candidate, tokens: int) -> str:
+    change = candidate.change
+    return (
+        f"{1e3 * change.mid:+.2f} ms ({1e3 * change.low:+.2f} to {1e3 * change.high:+.2f}) at "
+        f"{tokens} tokens per rank, frees {format_bytes(candidate.saved)}"
+    )
+
+
+def _why_forced(candidate: _Candidate, tokens: int, enough: bool) -> str:
+    if not enough:
+        return f"frees most, and the model does not fit even so: {_said(candidate, tokens)}"
+    if candidate.size == 1:
+        return "the others free enough"
+    return f"the smallest loss that fits: {_said(candidate, tokens)}"
+
+
+def _smallest_loss(
+    options: Sequence[Sequence[_Candidate]], needed_bytes: float
+) -> tuple[_Candidate, ...]:
+    """One candidate for each: the fastest that free enough together, or else those that free most.
+
+    Sums are built up one group of components at a time; one that frees no more than a faster one is
+    of no use, so few are left.
+    """
+    front: list[tuple[float, float, tuple[_Candidate, ...]]] = [(0, 0, ())]
+    for candidates in options:
+        sums = [
+            (seconds + one.change.mid, saved + one.saved, (*taken, one))
+            for seconds, saved, taken in front
+            for one in (_OFF, *candidates)
+        ]
+        front = []
+        for one in sorted(sums, key=lambda s: (s[0], -s[1])):
+            if not front or one[1] > front[-1][1]:
+                front.append(one)
+    return next((one for one in front if one[1] >= needed_bytes), front[-1])[2]
+
+
+def tied(shapes: Mapping[str, ComponentShape]) -> list[tuple[str, ...]]:
     """The components in groups that share a weight; most are alone."""
     groups: list[tuple[set[str], list[str]]] = []
     for name, shape in shapes.items():

@@ -1,44 +1,79 @@
 """What a plan saves and costs on given hardware: the formulas, evaluated."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import sympy
 from sympy import Expr, Symbol
 
 from fgtp_pass.cost import formulas
 from fgtp_pass.cost.hardware import Hardware
 from fgtp_pass.cost.shape import ComponentShape
+from fgtp_pass.cost.uncertainty import Predicted, Scale, predict
 
 Range = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where a plan runs: data-parallel ranks, one device each, in nodes of equal devices."""
+    """Where a plan runs: data-parallel ranks in nodes of equal devices.
+
+    ranks_per_node: data-parallel ranks of one node. tensor_parallel_size: devices of one rank.
+    """
 
     hardware: Hardware
     data_parallel_size: int
     ranks_per_node: int
+    tensor_parallel_size: int = 1
+    _constants: dict[str, dict[Symbol, float]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def values(self, shape: ComponentShape) -> dict[Symbol, float]:
-        """The numbers of all symbols for a component here, but for TOKENS and GROUP."""
-        nodes = {formulas.RANKS_PER_NODE: min(self.ranks_per_node, self.data_parallel_size)}
-        return {
-            **shape.values(),
-            **self.hardware.values(shape.precision.matmul_dtype),
-            **nodes,
+    def constants(self, dtype: str) -> Mapping[Symbol, float]:
+        """The numbers of the hardware's symbols, and of RANKS_PER_NODE."""
+        if dtype not in self._constants:
+            nodes = {formulas.RANKS_PER_NODE: min(self.ranks_per_node, self.data_parallel_size)}
+            self._constants[dtype] = {**self.hardware.values(dtype), **nodes}
+        return self._constants[dtype]
+
+    def values(self, shape: ComponentShape, scale: Scale | None = None) -> dict[Symbol, float]:
+        """The numbers of all symbols for a component here, but for TOKENS and GROUP.
+
+        scale: factors for some of them.
+        """
+        values = {
+            **shape.values(self.tensor_parallel_size),
+            **self.constants(shape.precision.matmul_dtype),
         }
+        for symbol, factor in (scale or {}).items():
+            values[symbol] *= factor
+        return values
 
-    def change(self, shape: ComponentShape, group_size: int) -> Expr:
-        """Change of a step's seconds by cutting the component, as an expression in TOKENS."""
-        values = {**self.values(shape), formulas.GROUP: group_size}
-        return formulas.substitute(formulas.CHANGE_SECONDS, values)
+    def seconds(
+        self,
+        expression: Expr,
+        shape: ComponentShape,
+        group_size: int,
+        tokens: float,
+        scale: Scale | None = None,
+    ) -> float:
+        """What one of the formulas of a component gives."""
+        values = self.values(shape, scale)
+        return formulas.evaluate(
+            expression, {**values, formulas.GROUP: group_size, formulas.TOKENS: tokens}
+        )
 
-    def change_seconds(self, shape: ComponentShape, group_size: int, tokens: int) -> float:
+    def change_seconds(
+        self, shape: ComponentShape, group_size: int, tokens: float, scale: Scale | None = None
+    ) -> float:
         """Predicted change of a step's seconds; below 0 is a gain. 0 for a group of one."""
-        values = {**self.values(shape), formulas.GROUP: group_size, formulas.TOKENS: tokens}
-        return formulas.evaluate(formulas.CHANGE_SECONDS, values)
+        return self.seconds(formulas.CHANGE_SECONDS, shape, group_size, tokens, scale)
+
+    def change_range(self, shape: ComponentShape, group_size: int, tokens: float) -> Predicted:
+        """The same with its range under the spreads of the hardware's constants."""
+        return predict(
+            lambda scale: self.change_seconds(shape, group_size, tokens, scale),
+            self.hardware.spreads,
+        )
 
     def pays_at(self, shape: ComponentShape, group_size: int) -> Range | None:
         """The first and last tokens per rank at which cutting gains time; None if it never does.
@@ -47,16 +82,16 @@ class Cluster:
         """
         if group_size == 1:
             return None
-        end = formulas.pays_until(self.change(shape, group_size))
-        if end == sympy.oo:
-            return 1, None
-        last = int(sympy.ceiling(end)) - 1  # at the crossover itself nothing is gained
-        return (1, last) if last >= 1 else None
+        last = formulas.last_paying(lambda tokens: self.change_seconds(shape, group_size, tokens))
+        return None if last == 0 else (1, last)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One component: see `fgtp plan --json`. Bytes and messages are those of one rank."""
+    """One component: see `fgtp plan --json`. Bytes and messages are those of one rank.
+
+    tpot_change_range_ms: the lowest and the highest that the constants allow.
+    """
 
     component: str
     group_size: int
@@ -66,6 +101,7 @@ class Row:
     bytes_moved_per_step: int
     messages_per_step: int
     tpot_change_ms: float
+    tpot_change_range_ms: tuple[float, float]
     pays_at_tokens_per_rank: Range | None
 
 
@@ -76,22 +112,29 @@ def estimate(
     rows = []
     for name, shape in shapes.items():
         size = sizes.get(name, 1)
-        values = {**cluster.values(shape), formulas.GROUP: size, formulas.TOKENS: tokens}
-        messages = sum(len(site.collectives) for site in shape.sites) if size > 1 else 0
+        change = cluster.change_range(shape, size, tokens)
+        moved = cluster.seconds(formulas.MOVED_BYTES, shape, size, tokens)
+        cut = cluster.tensor_parallel_size
         rows.append(
             Row(
                 component=name,
                 group_size=size,
                 sites=len(shape.sites),
-                weight_bytes=round(shape.weight_bytes),
-                bytes_saved_per_rank=round(shape.bytes_saved(size)),
-                bytes_moved_per_step=round(formulas.evaluate(formulas.MOVED_BYTES, values)),
-                messages_per_step=messages,
-                tpot_change_ms=round(1e3 * cluster.change_seconds(shape, size, tokens), 4),
+                weight_bytes=round(shape.weight_bytes / cut),
+                bytes_saved_per_rank=round(shape.bytes_saved(size) / cut),
+                bytes_moved_per_step=round(moved),
+                messages_per_step=messages(shape) if size > 1 else 0,
+                tpot_change_ms=round(1e3 * change.mid, 4),
+                tpot_change_range_ms=(round(1e3 * change.low, 4), round(1e3 * change.high, 4)),
                 pays_at_tokens_per_rank=cluster.pays_at(shape, size),
             )
         )
     return rows
+
+
+def messages(shape: ComponentShape) -> int:
+    """Collectives of a component in one step."""
+    return sum(len(site.collectives) for site in shape.sites)
 
 
 def step_seconds(
@@ -104,16 +147,12 @@ def step_seconds(
     """Seconds of a decode step of a dense model: matmuls, lookups and collectives.
 
     linears: elements of matmul weights that no component has (q, k and v), kept as the model's
-    dtype says. Attention, norms and the host's own time are left out.
+    dtype says. Attention, norms and the host's own time are left out; `fgtp_pass.cost.layout` has
+    them.
     """
-    rest = ComponentShape("", (), (), next(iter(shapes.values())).precision)
+    rest = ComponentShape("", (), (), next(iter(shapes.values())).dtype)
     others = {**cluster.values(rest), formulas.ELEMENTS: linears, formulas.TOKENS: tokens}
     total = formulas.evaluate(formulas.WHOLE_SECONDS, others)
     for name, shape in shapes.items():
-        values = {
-            **cluster.values(shape),
-            formulas.GROUP: sizes.get(name, 1),
-            formulas.TOKENS: tokens,
-        }
-        total += formulas.evaluate(formulas.SHARDED_SECONDS, values)
+        total += cluster.seconds(formulas.SHARDED_SECONDS, shape, sizes.get(name, 1), tokens)
     return total

@@ -1,16 +1,15 @@
-"""Sizes as other systems say them, on input, and as printed equivalents on output."""
+"""Sizes as users and other systems write them."""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fgtp_pass.sizes import COMPONENT_SIZES, Component, ComponentSizes, config_error, parse_sizes
+from fgtp_pass.hints import config_error
+from fgtp_pass.plan.sizes import COMPONENT_SIZES, Component, ComponentSizes, parse_sizes
 
 # where vLLM (--additional-config) and MindIE (ModelDeployConfig) keep their sizes
 _WRAPPERS = (COMPONENT_SIZES, "ModelDeployConfig", "ModelConfig", "models", "parallel_options")
-_MINDIE = {"oproj": "o_proj_local_tp", "lmhead": "lm_head_local_tp"}
-_SGLANG = {"mlp": "--moe-dense-tp-size"}
 
 
 def read_sizes(text: str, components: Sequence[Component]) -> ComponentSizes:
@@ -74,38 +73,3 @@ def vllm_config(sizes: Mapping[str, int], components: Sequence[Component]) -> di
         for known in components
         if sizes.get(known.component, 1) > 1
     }
-
-
-def vllm_command(
-    model: str,
-    data_parallel_size: int,
-    sizes: Mapping[str, int],
-    components: Sequence[Component],
-    expert_parallel: bool,
-) -> str:
-    """The command that serves the model with these sizes, ready to paste."""
-    parts = [f"vllm serve {model}", f"--data-parallel-size {data_parallel_size}"]
-    if expert_parallel:
-        parts.append("--enable-expert-parallel")
-    config = vllm_config(sizes, components)
-    if config:
-        parts.append('--compilation-config \'{"passes": ["fgtp"]}\'')
-        parts.append(f"--additional-config '{json.dumps({COMPONENT_SIZES: config})}'")
-    return " ".join(parts)
-
-
-def mindie(sizes: Mapping[str, int]) -> str:
-    """MindIE's parallel_options of these sizes; "" if it has a word for none of them."""
-    said = {key: sizes[name] for name, key in _MINDIE.items() if sizes.get(name, 1) > 1}
-    return json.dumps({"parallel_options": said}) if said else ""
-
-
-def sglang(sizes: Mapping[str, int], has_experts: bool) -> str:
-    """SGLang's flags for these sizes; "" if it has a word for none of them.
-
-    Its size is that of the dense FFNs of a model with experts.
-    """
-    if not has_experts:
-        return ""
-    said = [f"{flag} {sizes[name]}" for name, flag in _SGLANG.items() if sizes.get(name, 1) > 1]
-    return " ".join(["--enable-dp-attention", *said]) if said else ""

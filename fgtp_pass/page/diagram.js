@@ -1,9 +1,12 @@
 "use strict";
 
-/* Each component of a layer as a lane: on the left every rank with the whole weights, on the right
-   a group that shares them. Columns are ranks, time goes down. */
+/* Each component of a layer as a lane: every rank with the whole weights, and a group that shares
+   them. Columns are ranks, time goes down. Where there is room both stand side by side with notes
+   to the right; on a narrow screen only the group is drawn, with its notes between the rows. */
 
-const LANE = { width: 1180, after: 432, notes: 856, column: 84, box: 54 };
+const WIDE = { width: 1180, before: 0, after: 432, notes: 856, column: 84, gap: 16 };
+const NARROW = { before: null, after: 0, notes: 0, column: 66, gap: 12 };
+const BOX = 54;
 
 /** What tokens and features a rank has, by the placement of the algebra. */
 const PLACEMENTS = {
@@ -15,7 +18,9 @@ const PLACEMENTS = {
 
 const CUTS = { in: "input columns", out: "output rows", rows: "table rows" };
 
-function laneDiagram(lane, size) {
+function laneDiagram(lane, size, room) {
+  const view = room && room < 900 ? { ...NARROW, width: Math.max(300, room) } : WIDE;
+  const narrow = view.before === null;
   const top = 46;
   const svg = shape("svg", { role: "img" });
   const ranks = shownRanks(size);
@@ -28,26 +33,33 @@ function laneDiagram(lane, size) {
   svg.append(
     swatchAt(lane.component, 5),
     textAt(18, 14, `${lane.component}, ${lane.where} (${countText(lane.count, "site")})`, "start"),
-    textAt(0, 34, "Before: every rank holds all of it", "start", "quiet"),
-    textAt(LANE.after, 34, afterTitle(size), "start", "quiet"),
+    textAt(view.after, 34, afterTitle(size), "start", "quiet"),
   );
-  let y = placementRow(svg, ranks, top, PLACEMENTS.Own());
+  if (!narrow) svg.append(textAt(0, 34, "Before: every rank holds all of it", "start", "quiet"));
+  const draw = { svg, view, ranks, size, lane, narrow };
+  let y = placementRow(draw, top, PLACEMENTS.Own());
   for (const step of lane.steps) {
-    if ("cut" in step) y = weightsRow(svg, lane, step, ranks, size, y);
-    else if (size > 1) y = moveRow(svg, step, ranks, y);
-    if (size > 1 && step !== lane.steps.at(-1)) note(svg, y - 4, PLACEMENTS[step.to](size));
+    if ("cut" in step) y = weightsRow(draw, step, y);
+    else if (size > 1) y = moveRow(draw, step, y);
+    if (size > 1 && step !== lane.steps.at(-1)) y = note(draw, y - 4, PLACEMENTS[step.to](size), 0);
   }
-  y = placementRow(svg, ranks, y, PLACEMENTS.Own());
-  for (const { x } of [...columns(ranks, 0), ...columns(ranks, LANE.after)]) {
-    const middle = x + LANE.column / 2;
-    svg.prepend(shape("line", { class: "grid", x1: middle, x2: middle, y1: top, y2: y - 28 }));
+  y = placementRow(draw, y, PLACEMENTS.Own());
+  for (const offset of offsets(view)) {
+    for (const { x } of columns(view, ranks, offset)) {
+      const middle = x + view.column / 2;
+      svg.prepend(shape("line", { class: "grid", x1: middle, x2: middle, y1: top, y2: y - 28 }));
+    }
   }
-  svg.setAttribute("viewBox", `0 0 ${LANE.width} ${y + 6}`);
+  svg.setAttribute("viewBox", `0 0 ${view.width} ${y + 6}`);
   return svg;
 }
 
+function offsets(view) {
+  return view.before === null ? [view.after] : [view.before, view.after];
+}
+
 function afterTitle(size) {
-  return size > 1 ? `After: groups of ${size} ranks share it` : "After: the same, it is not sharded";
+  return size > 1 ? `After: groups of ${size} ranks share it` : "Not sharded: every rank holds all of it";
 }
 
 /** At most four columns; a gap stands for the ranks left out. */
@@ -56,57 +68,68 @@ function shownRanks(size) {
   return size <= 4 ? Array.from({ length: size }, (_, i) => i) : [0, 1, 2, size - 1];
 }
 
-function columns(ranks, offset) {
-  return ranks.map((rank, i) => ({ rank, x: offset + i * (LANE.column + 16) + 8 }));
+function columns(view, ranks, offset) {
+  return ranks.map((rank, i) => ({ rank, x: offset + i * (view.column + view.gap) + 4 }));
 }
 
-function placementRow(svg, ranks, y, text) {
-  for (const offset of [0, LANE.after]) {
-    for (const { rank, x } of columns(ranks, offset)) {
-      const chip = { x: x + 8, y, width: LANE.column - 16, height: 18, rx: 9, fill: "var(--track)" };
-      const label = textAt(x + LANE.column / 2, y + 13, `rank ${rank}`, "middle", "quiet plain");
+function placementRow(draw, y, text) {
+  const { svg, view, ranks } = draw;
+  for (const offset of offsets(view)) {
+    for (const { rank, x } of columns(view, ranks, offset)) {
+      const chip = { x: x + 4, y, width: view.column - 8, height: 18, rx: 9, fill: "var(--track)" };
+      const label = textAt(x + view.column / 2, y + 13, `rank ${rank}`, "middle", "quiet plain");
       svg.append(shape("rect", chip), label);
     }
   }
-  note(svg, y + 13, text);
-  return y + 28;
+  return note(draw, y + 13, text, 15) + 15;
 }
 
-function moveRow(svg, step, ranks, y) {
-  const all = columns(ranks, LANE.after);
-  const width = all.at(-1).x + LANE.column - all[0].x;
+function moveRow(draw, step, y) {
+  const { svg, view, ranks } = draw;
+  const all = columns(view, ranks, view.after);
+  const width = all.at(-1).x + view.column - all[0].x;
   svg.append(
     shape("rect", { x: all[0].x, y, width, height: 22, rx: 4, fill: "var(--accent)" }),
     textAt(all[0].x + width / 2, y + 15, step.move, "middle", "plain inverse"),
   );
-  note(svg, y + 15, `${step.move}: ${bytesText(step.width)} per token`);
-  return y + 44;
+  return note(draw, y + 15, `${step.move}: ${bytesText(step.width)} per token`, 22) + 29;
 }
 
-function weightsRow(svg, lane, step, ranks, size, y) {
+function weightsRow(draw, step, y) {
+  const { svg, view, ranks, size, lane, narrow } = draw;
   const color = colorOf(lane.component);
-  for (const offset of [0, LANE.after]) {
-    const cut = offset > 0 && size > 1 ? size : 1;
-    for (const { rank, x } of columns(ranks, offset)) {
+  for (const offset of offsets(view)) {
+    const cut = offset === view.after && size > 1 ? size : 1;
+    for (const { rank, x } of columns(view, ranks, offset)) {
       step.weights.forEach((weight, i) => {
-        const each = (LANE.column - 4 * (step.weights.length - 1)) / step.weights.length;
+        const each = (view.column - 4 * (step.weights.length - 1)) / step.weights.length;
         svg.append(...weightBox(x + i * (each + 4), y, each, weight, cut, rank, color));
       });
     }
   }
-  step.weights.forEach((weight, i) => {
-    const shard = size > 1 ? ` \u2192 ${dims(weight.shards[size])}` : "";
-    const shapes = dims(weight.shape) + shard;
-    note(svg, y + 15 + 16 * i, `${weight.name} ${shapes}`, "");
+  const lines = step.weights.map((weight) => {
+    const shard = size > 1 ? ` \u2192 ${dims(shardShape(weight, size))}` : "";
+    return `${weight.name} ${dims(weight.shape)}${shard}`;
   });
-  if (size > 1) note(svg, y + 15 + 16 * step.weights.length, `cut by ${CUTS[step.cut]}`);
-  const height = Math.max(LANE.box, 16 * (step.weights.length + 1));
-  return y + height + (step.weights.length > 2 ? 24 : 16);
+  if (size > 1) lines.push(`cut by ${CUTS[step.cut]}`);
+  let below = narrow ? y + BOX + 16 : y + 15;
+  for (const line of lines) {
+    svg.append(textAt(view.notes, below, line, "start", line.startsWith("cut by") ? "quiet" : ""));
+    below += 16;
+  }
+  return Math.max(y + BOX, below - 10) + (step.weights.length > 2 ? 24 : 16);
+}
+
+function shardShape(weight, size) {
+  const shard = [...weight.shape];
+  const block = Math.ceil(weight.shape[weight.cut_dim] / weight.blocks / size);
+  shard[weight.cut_dim] = weight.blocks * block;
+  return shard;
 }
 
 /** A weight as its outline, and what the rank holds of it filled in. */
 function weightBox(x, y, width, weight, size, rank, color) {
-  const whole = { x, y, width, height: LANE.box };
+  const whole = { x, y, width, height: BOX };
   const [start, length] = weight.cut_dim === 0 ? ["y", "height"] : ["x", "width"];
   const block = whole[length] / weight.blocks;
   const part = size > 1 ? rank : 0;
@@ -124,8 +147,14 @@ function dims(sizes) {
   return sizes.join(" \u00d7 ");
 }
 
-function note(svg, y, text, kind = "quiet") {
-  svg.append(textAt(LANE.notes, y, text, "start", kind));
+/** Says something beside a row, or below it where it is narrow; gives where the next may start. */
+function note({ svg, view, narrow }, y, text, height) {
+  if (!narrow) {
+    svg.append(textAt(view.notes, y, text, "start", "quiet"));
+    return y + (height ? 0 : 4);
+  }
+  svg.append(textAt(view.notes, y + (height ? height + 4 : 8), text, "start", "quiet"));
+  return y + height + 12;
 }
 
 function swatchAt(name, y) {

@@ -5,14 +5,21 @@ from collections.abc import Mapping
 
 from sympy import Expr, jscode
 
-from fgtp_pass.cost import formulas
+from fgtp_pass.cost import formulas, layout_formulas
 
 # what the page computes, by the names of its functions
 EXPRESSIONS: Mapping[str, Expr] = {
     "changeSeconds": formulas.CHANGE_SECONDS,
-    "wholeSeconds": formulas.WHOLE_SECONDS,
-    "shardedSeconds": formulas.SHARDED_SECONDS,
+    "computingSeconds": formulas.COMPUTING_SECONDS,
+    "collectivesSeconds": formulas.COLLECTIVES_SECONDS,
     "movedBytes": formulas.MOVED_BYTES,
+    "linearsSeconds": layout_formulas.LINEARS_SECONDS,
+    "attentionSeconds": layout_formulas.ATTENTION_SECONDS,
+    "expertsSeconds": layout_formulas.EXPERTS_SECONDS,
+    "exchangeSeconds": layout_formulas.EXCHANGE_SECONDS,
+    "tensorParallelSeconds": layout_formulas.TENSOR_PARALLEL_SECONDS,
+    "fixedSeconds": layout_formulas.FIXED_SECONDS,
+    "cacheBytes": layout_formulas.CACHE_BYTES,
 }
 
 

@@ -1,41 +1,223 @@
 "use strict";
 
-/* The state: tokens per rank, a device of DATA.devices, a size for each component (1 for off). */
+/* What a layout takes and holds, by the planner's own expressions. The state is what the controls
+   say: see `START`. A layout is { cut, ranks, stages, experts, sizes }: devices of one data-parallel
+   rank, ranks, pipeline stages, whether experts lie over all ranks, and group sizes. */
 
-/** The numbers of all symbols of a component in a state. */
-function valuesOf(component, state) {
+function deviceOf(state) {
+  return DATA.devices.find((device) => device.name === state.hardware);
+}
+
+/** The numbers of the hardware's symbols for a dtype in a state, some of them scaled. */
+function hardwareValues(state, dtype, scale = {}) {
+  const device = deviceOf(state);
+  const values = { ...device.values, ...DATA.networks[state.network]?.values };
+  values.matmul_rate = device.rates[dtype];
+  for (const group of ["latency within node", "latency across nodes"]) {
+    for (const name of DATA.groups[group]) values[name] *= state.latency;
+  }
+  for (const [name, factor] of Object.entries(scale)) if (name in values) values[name] *= factor;
+  return values;
+}
+
+/** The numbers of all symbols of a component, for a data-parallel rank of `cut` devices. */
+function componentValues(state, component, layout, size, tokens, scale) {
+  const kept = component.precision[state.weights];
+  const perNode = Math.max(1, Math.floor(state.node / layout.cut));
   return {
+    ...hardwareValues(state, kept.dtype, scale),
     ...component.values,
-    ...state.device.values[component.dtype],
-    ...DATA.node_values,
-    tokens: state.tokens,
-    group: state.sizes[component.name],
+    elements: component.values.elements / layout.cut,
+    all_to_all_width: component.values.all_to_all_width / layout.cut,
+    element_bytes: kept.element_bytes,
+    ranks_per_node: Math.min(perNode, layout.ranks),
+    group: size,
+    tokens,
   };
 }
 
-/** Change of a step's milliseconds by sharding the component as the state says. */
-function changeMs(component, state) {
-  return 1e3 * FORMULAS.changeSeconds(valuesOf(component, state));
+/** Change of a step's seconds by cutting a component over `size` ranks. */
+function changeSeconds(state, component, layout, size, tokens, scale = {}) {
+  return FORMULAS.changeSeconds(componentValues(state, component, layout, size, tokens, scale));
 }
 
-function totalChangeMs(state) {
-  return sum(DATA.components.map((component) => changeMs(component, state)));
+/** Bytes of a component's weights on a rank that holds them whole. */
+function wholeBytes(state, component) {
+  return sum(component.weights.map((w) => w.count * w.elements * w.bytes[state.weights]));
 }
 
-/** Like `fgtp_pass.cost.estimate.Row`, for every component. */
-function rowsOf(state) {
-  return DATA.components.map((component) => {
-    const size = state.sizes[component.name];
-    return {
-      component,
-      size,
-      saved: component.bytes_saved[size],
-      moved: FORMULAS.movedBytes(valuesOf(component, state)),
-      messages: size > 1 ? component.messages : 0,
-      change: changeMs(component, state),
-      lastPaying: lastPaying((tokens) => changeMs(component, { ...state, tokens })),
-    };
+/** Bytes that each rank frees; the last shard is padded to the others' size. */
+function savedBytes(state, component, size) {
+  return sum(
+    component.weights.map((w) => {
+      const block = Math.ceil(w.width / w.blocks / size);
+      const shard = (w.elements / w.width) * w.blocks * block;
+      return w.count * (w.elements - shard) * w.bytes[state.weights];
+    }),
+  );
+}
+
+function kvBytes(state) {
+  if (state.kv === "auto") return DATA.model.item_bytes;
+  return state.kv === "fp8" ? 1 : 2;
+}
+
+/** The kinds of attention, with those of the layers for multi-token prediction. */
+function kindsOf(state) {
+  const kinds = DATA.kinds.map((kind) => ({ ...kind, kept_bytes: kind.width * kvBytes(state) }));
+  if (state.mtp) kinds.push({ ...kinds.at(-1), kind_layers: DATA.model.draft_layers });
+  return kinds;
+}
+
+function expertDevices(layout) {
+  return layout.cut * (layout.experts ? layout.ranks : 1);
+}
+
+/** Seconds of a step by part, with `sequences` in flight or as prompts that are taken in. */
+function partsOf(state, layout, sequences, { prefill = false, scale = {} } = {}) {
+  const scheme = DATA.schemes[state.weights];
+  const mine = Math.ceil(sequences / (layout.ranks * layout.stages));
+  const tokens = mine * (prefill ? state.input : 1);
+  const context = Math.max(1, prefill ? state.input : state.input + state.output / 2);
+  const values = {
+    ...scheme.values,
+    tensor_parallel: layout.cut,
+    expert_devices: expertDevices(layout),
+    devices_per_node: state.node,
+    sequences: mine,
+    prefills: prefill ? 1 : 0,
+    context,
+    tokens,
+  };
+  const found = Object.fromEntries(DATA.parts.map((part) => [part, 0]));
+  for (const component of DATA.components) {
+    const rows = component.sees_last_tokens ? mine : tokens;
+    const size = layout.sizes[component.name] || 1;
+    const all = componentValues(state, component, layout, size, rows, scale);
+    found["dense matmuls"] += FORMULAS.computingSeconds(all);
+    found["fine-grained collectives"] += FORMULAS.collectivesSeconds(all);
+  }
+  const linears = { ...values, ...hardwareValues(state, scheme.linears_dtype, scale) };
+  found["dense matmuls"] += FORMULAS.linearsSeconds(linears);
+  for (const kind of kindsOf(state)) {
+    const hardware = hardwareValues(state, DATA.model.dtype, scale);
+    found.attention += FORMULAS.attentionSeconds({ ...values, ...hardware, ...kind });
+  }
+  if (DATA.model.has_experts) {
+    const experts = { ...values, ...hardwareValues(state, scheme.experts_dtype, scale) };
+    found.experts += FORMULAS.expertsSeconds(experts);
+    found["experts' all_to_all"] += FORMULAS.exchangeSeconds(experts);
+  }
+  found["tensor parallelism"] += FORMULAS.tensorParallelSeconds(linears);
+  found["the rest"] += FORMULAS.fixedSeconds(linears);
+  if (layout.stages > 1) {
+    found["tensor parallelism"] += (layout.stages - 1) * hopSeconds(state, tokens, scale);
+  }
+  return found;
+}
+
+/** Seconds to hand tokens on to the next pipeline stage. */
+function hopSeconds(state, tokens, scale) {
+  const values = hardwareValues(state, DATA.model.dtype, scale);
+  const row = DATA.model.hidden * DATA.model.item_bytes;
+  const sending = (tokens * row) / values.within_node_all_to_all_bandwidth;
+  return values.within_node_all_to_all_base + sending;
+}
+
+function stepSeconds(state, layout, sequences, scale = {}) {
+  return sum(Object.values(partsOf(state, layout, sequences, { scale })));
+}
+
+function prefillSeconds(state, layout) {
+  return sum(Object.values(partsOf(state, layout, layout.ranks, { prefill: true })));
+}
+
+/** A prediction with its range under the spreads of the device's constants. */
+function predict(state, compute) {
+  const mid = compute({});
+  let [low, high] = [0, 0];
+  const spreads = { ...deviceOf(state).spreads, ...DATA.networks[state.network]?.spreads };
+  for (const [group, spread] of Object.entries(spreads)) {
+    if (!spread) continue;
+    const moved = [1 / (1 + spread), 1 + spread].map((factor) => {
+      const scale = Object.fromEntries(DATA.groups[group].map((name) => [name, factor]));
+      return compute(scale) - mid;
+    });
+    low += Math.min(0, ...moved) ** 2;
+    high += Math.max(0, ...moved) ** 2;
+  }
+  return { low: mid - Math.sqrt(low), mid, high: mid + Math.sqrt(high) };
+}
+
+/* memory -------------------------------------------------------------------------------------- */
+
+function usableBytes(state) {
+  return DATA.usable_share * deviceOf(state).memory;
+}
+
+/** Bytes of weights on one device: [name, whole, kept] of each component and of all else. */
+function weightParts(state, layout) {
+  const scheme = DATA.schemes[state.weights];
+  const draft = state.mtp ? 1 : 0;
+  const parts = DATA.components.map((component) => {
+    const whole = wholeBytes(state, component) / layout.cut;
+    const saved = savedBytes(state, component, layout.sizes[component.name] || 1) / layout.cut;
+    return { name: component.name, whole, kept: whole - saved };
   });
+  const experts = scheme.experts_bytes + draft * scheme.draft_experts_bytes;
+  const linears = scheme.linears_bytes + draft * scheme.draft_linears_bytes;
+  const others = linears / layout.cut + scheme.replicated_bytes + DATA.model.vectors_bytes;
+  const fixed = [
+    { name: "experts", whole: experts / expertDevices(layout) },
+    { name: "other weights", whole: others },
+  ].map((part) => ({ ...part, kept: part.whole }));
+  return [...parts, ...fixed].map(({ name, whole, kept }) => ({
+    name,
+    whole: whole / layout.stages,
+    kept: kept / layout.stages,
+  }));
+}
+
+function weightBytes(state, layout) {
+  return sum(weightParts(state, layout).map((part) => part.kept));
+}
+
+/** Bytes of KV cache that one device keeps of one sequence at its end. */
+function sequenceBytes(state, layout) {
+  const context = state.input + state.output;
+  const each = kindsOf(state).map((kind) =>
+    FORMULAS.cacheBytes({ ...kind, context, tensor_parallel: layout.cut }),
+  );
+  return sum(each) / layout.stages;
+}
+
+function cacheBytes(state, layout, sequences) {
+  return Math.ceil(sequences / layout.ranks) * sequenceBytes(state, layout);
+}
+
+/** Sequences that fit beside the weights, on all devices together. */
+function maxSequences(state, layout) {
+  const room = usableBytes(state) - weightBytes(state, layout);
+  const each = sequenceBytes(state, layout);
+  if (room < 0) return 0;
+  return (each ? Math.floor(room / each) : 2 ** 20) * layout.ranks;
+}
+
+function fitsWith(state, layout, sequences) {
+  const needed = weightBytes(state, layout) + cacheBytes(state, layout, sequences);
+  return needed <= usableBytes(state);
+}
+
+/** The most sequences, of those that fit, whose step takes no longer; 0 if none do. */
+function mostWithin(state, layout, seconds) {
+  let fit = 0;
+  let tooMany = maxSequences(state, layout) / layout.ranks + 1;
+  while (tooMany - fit > 1) {
+    const middle = Math.floor((fit + tooMany) / 2);
+    if (stepSeconds(state, layout, middle * layout.ranks) <= seconds) fit = middle;
+    else tooMany = middle;
+  }
+  return fit * layout.ranks;
 }
 
 /**
@@ -58,33 +240,10 @@ function lastPaying(change) {
   return pays;
 }
 
-/** Bytes on a rank in a state: of each part, whole and sharded, and of the KV cache. */
-function memoryOf(state) {
-  const parts = DATA.components.map((component) => ({
-    name: component.name,
-    whole: component.weight_bytes,
-    kept: component.weight_bytes - component.bytes_saved[state.sizes[component.name]],
-  }));
-  const fixed = [
-    { name: "routed experts", whole: DATA.experts_bytes, kept: DATA.experts_bytes },
-    { name: "other weights", whole: DATA.others_bytes, kept: DATA.others_bytes },
-  ].filter((part) => part.whole > 0);
-  const kv = DATA.kv_bytes_per_sequence * state.tokens;
-  const weights = [...parts, ...fixed];
-  return {
-    weights,
-    kv,
-    whole: sum(weights.map((part) => part.whole)),
-    kept: sum(weights.map((part) => part.kept)),
-    usable: state.device.usable_bytes,
-  };
-}
-
-/** What the planner recommends on the state's device at its tokens: sizes and reasons. */
-function recommendedIn(state) {
-  return state.device.recommended[DATA.token_stops.indexOf(state.tokens)];
-}
-
 function sum(numbers) {
   return numbers.reduce((total, number) => total + number, 0);
+}
+
+function divisors(count) {
+  return Array.from({ length: count }, (_, i) => i + 1).filter((k) => count % k === 0);
 }

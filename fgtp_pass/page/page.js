@@ -1,113 +1,96 @@
 "use strict";
 
-const byId = (id) => document.getElementById(id);
-
-/** The stops of the group-size slider: what they are called, and the sizes that they mean. */
-const SETTINGS = [
-  ...(DATA.asked ? [{ name: "as asked", sizes: () => DATA.asked }] : []),
-  { name: "recommended", sizes: (state) => recommendedIn(state).sizes },
-  ...DATA.group_sizes.map((size) => ({
-    name: size > 1 ? `${size} for all` : "off for all",
-    sizes: () => Object.fromEntries(DATA.components.map((component) => [component.name, size])),
-  })),
-];
-
-function stateOf() {
-  const state = {
-    tokens: DATA.token_stops[byId("tokens").value],
-    device: DATA.devices[byId("hardware").value],
-  };
-  return { ...state, sizes: SETTINGS[byId("group").value].sizes(state) };
-}
+let state = stateOfUrl();
 
 function render() {
-  const state = stateOf();
-  const rows = rowsOf(state);
-  const memory = memoryOf(state);
-  const change = totalChangeMs(state);
-  showControls(state);
-  const headline = headlineOf(state, memory, change);
+  const options = compareLayouts(state);
+  const shown = options.find(({ name }) => name === state.shown) || options[0];
+  const [headline, ...rest] = verdictOf(state, options);
   byId("headline").textContent = headline;
+  byId("verdict").textContent = rest.join(" ");
   document.title = `${DATA.model.name}: ${headline}`;
-  byId("figures").replaceChildren(...figures(state, memory, change));
-  byId("memory-note").textContent =
-    `Weights by component and ${countText(state.tokens, "sequence")} of ` +
-    `${countText(DATA.context, "token")} in the KV cache. Dashed: freed by sharding.`;
-  byId("memory").replaceChildren(memoryBars(memory));
-  byId("legend").replaceChildren(...tpotLegend(state));
-  byId("tpot").replaceChildren(tpotChart(state));
-  byId("table").replaceChildren(...componentTable(rows, state, change));
-  showRecommended(state);
-  byId("command").textContent = DATA.commands[Object.values(state.sizes).join(",")];
+  byId("inputs").textContent = inputsText(state);
+  byId("layouts-note").textContent = layoutsNote();
+  byId("layouts").replaceChildren(...layoutCards(state, options, shown, select));
+  byId("memory-legend").replaceChildren(...memoryLegend(options[0]));
+  byId("layout-title").textContent = `${shown.name}, in parts`;
+  byId("parts").replaceChildren(partBars(shown));
+  byId("memory").replaceChildren(memoryBars(state, shown));
+  const command = commandOf(state, shown);
+  byId("command").textContent = shown.fits ? command.text : "";
+  byId("command-notes").replaceChildren(...command.notes.map((note) => element("p", {}, note)));
+  byId("copy").hidden = byId("command").hidden = !shown.fits || !command.text;
+  showComponents(shown);
+  showAssumptions();
+}
+
+function layoutsNote() {
+  const ranked = state.target
+    ? `Ranked by tokens per second and device within ${state.target} ms per token.`
+    : `Ranked by the time of a token at ${countText(state.sequences, "sequence")} in flight.`;
+  return `${ranked} Choose one to see its parts, its memory and its command below.`;
+}
+
+function select(name) {
+  update({ ...state, shown: name });
+  byId("layouts").querySelector("input:checked")?.focus();
+}
+
+/* components ---------------------------------------------------------------------------------- */
+
+/** The layout whose components are shown: the one chosen, or one rank for each device. */
+function componentLayout(shown) {
+  if (shown.layout.ranks > 1 && isFineGrained(shown.layout)) return shown.layout;
+  const ranks = state.devices;
+  const base = layoutOf(1, ranks, { experts: DATA.model.has_experts });
+  return { ...base, sizes: ranks > 1 ? fineGrainedSizes(state, base) : {} };
+}
+
+function showComponents(shown) {
+  const layout = componentLayout(shown);
+  const tokens = Math.ceil(shown.sequences / layout.ranks);
+  byId("components-note").textContent =
+    `Of ${nameOf(layout)}, at ${countText(tokens, "token")} per rank and step. Change is of the time ` +
+    "per output token against whole weights, with its range; bytes and messages are those of one rank.";
+  const rows = DATA.components.map((component) => componentRow(layout, component, tokens));
+  byId("table").replaceChildren(...componentTable(rows, layout));
+  byId("legend").replaceChildren(...tpotLegend(state, layout, tokens));
+  byId("tpot").replaceChildren(tpotChart(state, layout, tokens, byId("tpot").clientWidth));
   byId("diagram").replaceChildren(
-    ...DATA.lanes.map((lane) => laneDiagram(lane, state.sizes[lane.component])),
-  );
-  showAssumptions(state);
-}
-
-function headlineOf(state, memory, change) {
-  const freed = memory.whole - memory.kept;
-  const at = `at ${countText(state.tokens, "token")} per rank`;
-  if (Object.values(state.sizes).every((size) => size === 1)) return `Nothing is sharded ${at}`;
-  const side = change < 0 ? "less" : "more";
-  return (
-    `Frees ${bytesText(freed)} on every rank; an output token takes ` +
-    `${durationText(change)} ${side} ${at}`
+    ...DATA.lanes.map((lane) => {
+      const width = byId("diagram").clientWidth;
+      return laneDiagram(lane, layout.sizes[lane.component] || 1, width);
+    }),
   );
 }
 
-function figures(state, memory, change) {
-  const freed = memory.whole - memory.kept;
-  const total = memory.kept + memory.kv;
-  const fits = total <= memory.usable;
-  const recommended = recommendedIn(state).sizes;
-  return [
-    figure("Freed on every rank", bytesText(freed), "", `${bytesText(memory.whole)} of weights before`),
-    figure(
-      `Change of TPOT at ${countText(state.tokens, "token")}`,
-      changeText(change),
-      change < 0 ? "good" : change > 0 ? "bad" : "",
-      memory.whole + memory.kv > memory.usable
-        ? "against whole weights, which would not fit"
-        : "per output token; below zero is faster",
-    ),
-    figure(
-      "Weights and KV cache",
-      `${bytesText(total)} ${fits ? "fits" : "does not fit"}`,
-      fits ? "good" : "bad",
-      `of ${bytesText(memory.usable)} usable; whole: ${bytesText(memory.whole + memory.kv)}`,
-    ),
-    figure(
-      "Recommended sizes",
-      sizesText(recommended),
-      "sizes",
-      `objective: ${DATA.objective}, at these tokens on this hardware`,
-    ),
-  ];
+function componentRow(layout, component, tokens) {
+  const size = layout.sizes[component.name] || 1;
+  const change = (t) => changeSeconds(state, component, layout, size, t);
+  return {
+    component,
+    size,
+    whole: wholeBytes(state, component) / layout.cut,
+    saved: savedBytes(state, component, size) / layout.cut,
+    moved: FORMULAS.movedBytes(componentValues(state, component, layout, size, tokens)),
+    messages: size > 1 ? component.messages : 0,
+    change: predict(state, (scale) => changeSeconds(state, component, layout, size, tokens, scale)),
+    lastPaying: size > 1 ? lastPaying(change) : 0,
+  };
 }
 
-function figure(label, value, kind, note) {
-  return element(
-    "div",
-    { class: "figure" },
-    element("span", { class: "label" }, label),
-    element("b", { class: kind }, value),
-    element("span", {}, note),
-  );
-}
-
-function componentTable(rows, state, change) {
-  const titles = ["component", "sites", "group", "weights", "freed", "sent per step", "messages"];
+function componentTable(rows, layout) {
+  const titles = ["component", "sites", "size", "weights", "freed", "sent per step", "messages"];
   const head = [...titles, "change of TPOT", "pays at tokens per rank"];
   const body = rows.map((row) => [
     element("span", {}, swatch(row.component.name), row.component.name),
     String(row.component.sites),
-    sizeText(row.size),
-    bytesText(row.component.weight_bytes),
+    sizeChoice(row, layout),
+    bytesText(row.whole),
     bytesText(row.saved),
     bytesText(row.moved),
     String(row.messages),
-    row.size > 1 ? changeText(row.change) : "",
+    row.size > 1 ? changeRange(row.change) : "",
     paysText(row),
   ]);
   const total = (pick) => sum(rows.map(pick));
@@ -115,94 +98,95 @@ function componentTable(rows, state, change) {
     "total",
     String(total((row) => row.component.sites)),
     "",
-    bytesText(total((row) => row.component.weight_bytes)),
+    bytesText(total((row) => row.whole)),
     bytesText(total((row) => row.saved)),
     bytesText(total((row) => row.moved)),
     String(total((row) => row.messages)),
-    changeText(change),
-    paysText({ size: Math.max(...Object.values(state.sizes)), lastPaying: lastTotal(state) }),
+    changeText(1e3 * total((row) => row.change.mid)),
+    "",
   ];
   return [
     element("thead", {}, tableRow("th", head)),
-    element("tbody", {}, ...body.map((cells) => tableRow("td", cells))),
-    element("tfoot", {}, tableRow("td", foot)),
+    element("tbody", {}, ...body.map((cells) => tableRow("td", cells, head))),
+    element("tfoot", {}, tableRow("td", foot, head)),
   ];
 }
 
-function lastTotal(state) {
-  return lastPaying((tokens) => totalChangeMs({ ...state, tokens }));
+/** A choice of the group size; sizes belong to ranks of one device, so only these have one. */
+function sizeChoice(row, layout) {
+  if (layout.cut > 1) return sizeText(row.size);
+  const { name } = row.component;
+  const asked = state.sizes[name];
+  const option = (value, text) =>
+    element("option", { value, ...(value === String(asked || "") ? { selected: "" } : {}) }, text);
+  const sizes = [1, ...groupSizes(state, layout)];
+  if (asked && !sizes.includes(asked)) sizes.push(asked);
+  const auto = asked ? "auto" : `auto: ${sizeText(row.size)}`;
+  const select = element(
+    "select",
+    { "aria-label": `group size of ${name}` },
+    option("", auto),
+    ...sizes.map((size) => option(String(size), sizeText(size))),
+  );
+  select.addEventListener("change", () => {
+    const all = DATA.components.map((c) => [c.name, layout.sizes[c.name] || 1]);
+    const asked = { ...Object.fromEntries(all), [name]: Number(select.value) };
+    update({ ...state, sizes: select.value ? asked : {} });
+  });
+  return select;
 }
 
-function tableRow(tag, cells) {
-  return element("tr", {}, ...cells.map((cell) => element(tag, {}, cell)));
-}
-
-function showRecommended(state) {
-  const { sizes, reasons } = recommendedIn(state);
-  byId("reasons-note").textContent =
-    `For the objective "${DATA.objective}" at ${countText(state.tokens, "token")} per rank on ` +
-    `${state.device.title}; groups stay within a node.`;
-  const lines = Object.entries(reasons).flatMap(([name, reason]) => [
-    element("dt", {}, swatch(name), `${name} ${sizeText(sizes[name])}`),
-    element("dd", {}, reason),
-  ]);
-  byId("reasons").replaceChildren(...lines);
-}
-
-function showAssumptions(state) {
-  const { replica, title, constants } = state.device;
-  const stages = replica.pipeline_parallel_size;
-  const split = `${replica.tensor_parallel_size}${stages > 1 ? ` with ${stages} pipeline stages` : ""}`;
-  const said = [
-    "Only what sharding changes is priced: weights read, multiplied and moved. Attention, routed " +
-      "experts and everything else take the same time before and after.",
-    "All ranks bring the same number of tokens; waiting for a late rank is not counted.",
-    "Routed experts lie over all data-parallel ranks.",
-    `Without fine-grained sizes, tensor_parallel_size ${split} at ` +
-      `${countText(DATA.batch, "sequence")} per replica: ${replica.reason}.`,
-  ];
-  if (DATA.latent) {
-    const { tensor_parallel_bytes: cut, data_parallel_bytes: own } = DATA.latent;
-    said.push(
-      `Attention is data parallel: cut by heads, every device would keep all latents, ` +
-        `${bytesText(cut * state.tokens)} of KV cache in place of ${bytesText(own * state.tokens)}.`,
-    );
-  }
-  byId("assumptions").replaceChildren(...said.map((text) => element("li", {}, text)));
-  byId("constants-title").textContent = `Constants of ${title}`;
-  byId("constants").replaceChildren(
-    element("thead", {}, tableRow("th", ["constant", "value", "source"])),
-    element("tbody", {}, ...constants.map((row) => tableRow("td", row))),
+/** A row whose cells know their titles, for screens on which rows become lists. */
+function tableRow(tag, cells, titles = []) {
+  return element(
+    "tr",
+    {},
+    ...cells.map((cell, i) => element(tag, titles[i] ? { "data-title": titles[i] } : {}, cell)),
   );
 }
 
-/* controls ------------------------------------------------------------------------------------ */
+/* assumptions --------------------------------------------------------------------------------- */
 
-function showControls(state) {
-  const group = SETTINGS[byId("group").value].name;
-  showControl("tokens", countText(state.tokens, "token"));
-  showControl("group", group.endsWith("for all") ? group : `${group}: ${onText(state.sizes)}`);
-  showControl("hardware", state.device.name, state.device.title);
+function showAssumptions() {
+  const { title, constants, spreads } = deviceOf(state);
+  const said = [
+    "All ranks bring the same number of sequences; waiting for a late rank is not counted but for experts.",
+    "A step decodes one token of every sequence. Prefill is timed by itself: one prompt on each data-parallel rank.",
+    `${Math.round(100 * DATA.usable_share)} % of a device's memory holds weights and KV cache, for whole sequences at their ends.`,
+    "Ranges come from the spreads of the constants, taken to be independent; a size whose sign is not certain is not taken.",
+  ];
+  if (DATA.model.latent) {
+    said.push("Attention cut by heads keeps all latents on every device; data-parallel attention keeps each once.");
+  }
+  if (DATA.model.cache_assumed) {
+    said.push(`The KV cache is assumed from the config's heads (${DATA.model.cache_assumed}).`);
+  }
+  byId("assumptions").replaceChildren(...said.map((text) => element("li", {}, text)));
+  byId("constants-title").textContent = `Constants of ${title}`;
+  const head = ["constant", "value", "source"];
+  byId("constants").replaceChildren(
+    element("thead", {}, tableRow("th", head)),
+    element("tbody", {}, ...constants.map((row) => tableRow("td", row, head))),
+  );
+  const parts = Object.entries(spreads).filter(([, spread]) => spread > 0);
+  byId("spreads").textContent = `How far off they may be: ${parts
+    .map(([name, spread]) => `${name} ${Math.round(100 * spread)} %`)
+    .join(", ")}.`;
 }
 
-function showControl(id, text, inFull = text) {
-  byId(id).setAttribute("aria-valuetext", inFull);
-  byId(`${id}-value`).textContent = text;
-  byId(`${id}-value`).title = inFull;
-}
+/* start --------------------------------------------------------------------------------------- */
 
-function slider(id, count, start) {
-  byId(id).max = count - 1;
-  byId(id).value = start;
-  byId(id).addEventListener("input", render);
+function update(changed) {
+  state = changed;
+  showControls(state);
+  history.replaceState(null, "", urlOf(state));
+  render();
 }
 
 function start() {
   const { model } = DATA;
   byId("subject").textContent =
-    `fgtp plan: ${model.name} (${model.architecture}, ${countText(model.layers, "layer")}, ` +
-    `${model.weights} weights) on ${countText(DATA.data_parallel_size, "data-parallel rank")}, ` +
-    `${DATA.ranks_per_node} per node`;
+    `fgtp plan: ${model.name} (${model.architecture}, ${countText(model.layers, "layer")})`;
   byId("diagram-note").textContent =
     "Columns are ranks, a filled part is what a rank holds, time goes down. Attention, norms and " +
     "routed experts around these components stay as they are.";
@@ -213,9 +197,11 @@ function start() {
   );
   const expressions = Object.entries(FORMULAS).map(([name, body]) => `${name} = ${body}`);
   byId("expressions").textContent = expressions.join("\n\n");
-  slider("tokens", DATA.token_stops.length, DATA.token_stops.indexOf(DATA.batch));
-  slider("group", SETTINGS.length, 0);
-  slider("hardware", DATA.devices.length, DATA.devices.findIndex((d) => d.name === DATA.hardware));
+  buildControls((id) => {
+    const changed = changedState(state, id);
+    if (changed) update(changed);
+  });
+  byId("reset").addEventListener("click", () => update({ ...START, shown: "" }));
   byId("copy").addEventListener("click", async () => {
     getSelection().selectAllChildren(byId("command"));
     try {
@@ -225,6 +211,10 @@ function start() {
       byId("copy").textContent = "Selected"; // browsers may keep a local file from the clipboard
     }
   });
+  addEventListener("hashchange", () => update(stateOfUrl()));
+  addEventListener("resize", render);
+  addEventListener("beforeprint", render);
+  showControls(state);
   render();
 }
 

@@ -8,48 +8,46 @@ from matplotlib.figure import Figure
 
 from fgtp_pass.cost.report import Report
 
-_GIB = 2**30
+_LAYOUTS = 10
 _TOTAL = "#1b1d21"
 _COLORS = ("#7a4fa3", "#0a66b2", "#a85400", "#0b7a5a", "#a1306b", "#5f6b00")
 _TOKENS = sorted({round(2 ** (i / 8)) for i in range(81)})  # 1 to 1024
 
 
 def write_plot(report: Report, path: Path) -> None:
-    """Write memory per rank and the change of TPOT as a PNG. Raises OSError."""
+    """Write the layouts' throughput and the change of TPOT as a PNG. Raises OSError."""
     figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
-    memory, tpot = figure.subplots(1, 2, width_ratios=(2, 3))
-    saved, change = report.totals["bytes_saved_per_rank"], report.totals["tpot_change_ms"]
-    figure.suptitle(
-        f"{report.summary.name} on {report.cluster.data_parallel_size} x "
-        f"{report.cluster.hardware.name}: {saved / _GIB:.2f} GiB freed per rank, TPOT "
-        f"{change:+.2f} ms at {report.load.batch} tokens per rank"
+    layouts, tpot = figure.subplots(1, 2, width_ratios=(1, 1))
+    best = report.comparison.best
+    said = (
+        f"{best.name}, {best.throughput:,.0f} tokens/s per device at {1e3 * best.tpot.mid:.1f} ms"
+        if best.fits
+        else "no layout fits"
     )
-    _draw_memory(memory, report)
+    figure.suptitle(
+        f"{report.summary.name} on {report.devices} x {report.hardware.name}, "
+        f"{report.load.sequences:,} sequences: {said}"
+    )
+    _draw_layouts(layouts, report)
     _draw_tpot(tpot, report)
-    for axes in (memory, tpot):
+    for axes in (layouts, tpot):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png")
 
 
-def _draw_memory(axes: Axes, report: Report) -> None:
-    names = [row.component for row in report.rows]
-    whole = [row.weight_bytes / _GIB for row in report.rows]
-    freed = [row.bytes_saved_per_rank / _GIB for row in report.rows]
-    kept = [w - f for w, f in zip(whole, freed, strict=True)]
-    colors = [_color(i) for i in range(len(names))]
-    axes.barh(names, kept, color=colors)
-    axes.barh(names, freed, left=kept, fill=False, edgecolor=colors, linestyle="--")
-    for place, row in enumerate(zip(kept, freed, whole, strict=True)):
+def _draw_layouts(axes: Axes, report: Report) -> None:
+    options = report.comparison.options[:_LAYOUTS]
+    rates = [option.throughput if option.fits else 0 for option in options]
+    axes.barh([option.name for option in options], rates, color=_COLORS[1])
+    for place, (option, rate) in enumerate(zip(options, rates, strict=True)):
+        low, high = 1e3 * option.tpot.low, 1e3 * option.tpot.high
+        text = f"{low:.0f} to {high:.0f} ms" if option.fits else "does not fit"
         axes.annotate(
-            f"{row[0]:.2f} + {row[1]:.2f} freed",
-            (row[2], place),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
+            text, (rate, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8
         )
-    axes.set_xlim(0, 1.6 * max(whole))
+    axes.set_xlim(0, 1.3 * max(*rates, 1))
     axes.invert_yaxis()
-    axes.set_xlabel("GiB of weights on a rank")
+    axes.set_xlabel("output tokens per second and device")
 
 
 def _draw_tpot(axes: Axes, report: Report) -> None:
@@ -71,8 +69,8 @@ def _draw_tpot(axes: Axes, report: Report) -> None:
             if pays and pays[1] and pays[1] <= _TOKENS[-1]:
                 axes.plot(pays[1], 0, "o", color=_color(place), markerfacecolor="white")
     axes.plot(_TOKENS, total, color=_TOTAL, linewidth=2.5, label="total")
-    axes.axvline(report.load.batch, color=_TOTAL, linewidth=0.8, linestyle=":")
-    _limit(axes, [total, *curves.values()], report.load.batch)
+    axes.axvline(report.tokens_per_rank, color=_TOTAL, linewidth=0.8, linestyle=":")
+    _limit(axes, [total, *curves.values()], report.tokens_per_rank)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("tokens per rank and step (circles: the last at which it pays)")

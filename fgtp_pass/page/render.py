@@ -7,10 +7,19 @@ from pathlib import Path
 from string import Template
 
 from fgtp_pass.cost.report import Report
-from fgtp_pass.page.data import page_data
+from fgtp_pass.page.figures import page_data
 from fgtp_pass.page.javascript import javascript
 
-_SCRIPTS = ("model.js", "text.js", "charts.js", "diagram.js", "page.js")
+_SCRIPTS = (
+    "text.js",
+    "model.js",
+    "compare.js",
+    "commands.js",
+    "controls.js",
+    "charts.js",
+    "diagram.js",
+    "page.js",
+)
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -25,7 +34,7 @@ def render(report: Report) -> str:
     # "<" ends no script that it is escaped in
     data = json.dumps(page_data(report)).replace("<", "\\u003c")
     parts = {
-        "title": escape(f"{report.summary.name} on {report.cluster.hardware.title}"),
+        "title": escape(f"{report.summary.name} on {report.hardware.title}"),
         "style": (folder / "page.css").read_text(encoding="utf-8"),
         "script": "\n".join([f"const DATA = {data};", javascript(), *read.values()]),
     }

@@ -1,11 +1,7 @@
 "use strict";
 
 const MINUS = "\u2212";
-const GRAYS = {
-  "routed experts": "var(--g0)",
-  "other weights": "var(--g1)",
-  "KV cache": "var(--g2)",
-};
+const GRAYS = { experts: "var(--g0)", "other weights": "var(--g1)", "KV cache": "var(--g2)" };
 
 /** Bytes in the largest binary unit below them; in that of `like`, if they are not far below it. */
 function bytesText(count, like = count) {
@@ -22,6 +18,7 @@ function bytesText(count, like = count) {
 /** A time without its sign. */
 function durationText(ms) {
   const size = Math.abs(ms);
+  if (size >= 999.5) return `${(size / 1e3).toFixed(size < 9995 ? 2 : 1)} s`;
   if (size >= 0.095) return `${size.toFixed(size < 9.995 ? 2 : 1)} ms`;
   return `${(1e3 * size).toFixed(size < 0.00995 ? 1 : 0)} \u00b5s`;
 }
@@ -30,6 +27,17 @@ function durationText(ms) {
 function changeText(ms) {
   if (ms === 0) return "0 ms";
   return `${ms < 0 ? MINUS : "+"}${durationText(ms)}`;
+}
+
+/** A prediction of seconds with its range, in ms. */
+function rangeText({ low, mid, high }) {
+  const [a, b, c] = [low, mid, high].map((seconds) => (1e3 * seconds).toFixed(1));
+  return `${b} ms (${a} to ${c})`;
+}
+
+/** A change of seconds with its range, in ms. */
+function changeRange({ low, mid, high }) {
+  return `${changeText(1e3 * mid)} (${changeText(1e3 * low)} to ${changeText(1e3 * high)})`;
 }
 
 function countText(count, noun) {
@@ -48,14 +56,8 @@ function sizeText(size) {
   return size > 1 ? String(size) : "off";
 }
 
-function sizesText(sizes) {
-  return Object.entries(sizes).map(([name, size]) => `${name} ${sizeText(size)}`).join(", ");
-}
-
 /** The components that are on. */
 function onText(sizes) {
-  const [first, ...rest] = Object.values(sizes);
-  if (rest.every((size) => size === first)) return `${sizeText(first)} for all`;
   const on = Object.entries(sizes).filter(([, size]) => size > 1);
   return on.map(([name, size]) => `${name} ${size}`).join(", ");
 }

@@ -1,23 +1,27 @@
 """The adapter to vLLM: `compilation_config={"passes": ["fgtp"]}`. See docs/vllm.md.
 
-    early      what vLLM loads while it is imported: the `passes` field, `LLM(data_parallel_size=)`
-    plugin     what vLLM loads later: hooks, which act only when `passes` asks
-    settings   what the user asked for, checked against the engine's configuration
-    build      building the model: plan, agree with the other ranks, build
-    sites      which layers are sharded: the core's detection on a meta-device trace
-    kept_plan  the plan from disk, where the same configuration was planned before
-    layers     layers that are born sharded, and emit marker ops
-    ops        the marker ops: whole shapes for the graph, collectives when run eagerly
-    graph      the pass: marker ops -> the core's rewrite -> sharded matmuls and collectives
-    logits     lm_head, which vLLM runs outside the graph
-    worker     the worker process, in which idle ranks take part
-    requests   requests that are refused
-    failure    what a rank says when another has failed
-    lockstep   what keeps the data-parallel ranks in step
-    offline    the client of `LLM(data_parallel_size=N)`, which feeds every rank
-    host       every private name of vLLM that is used, checked when it is loaded
+    early         what vLLM loads while it is imported: `passes`, `LLM(data_parallel_size=)`
+    plugin        what vLLM loads later: hooks, which act only when `passes` asks
+    settings      what the user asked for, checked against the engine's configuration
+    build_model   building the model: plan, agree with the other ranks, build
+    meta_plan     which layers are sharded: the core's detection on a meta-device trace
+    kept_plan     the plan from disk, where the same configuration was planned before
+    born_sharded  layers that are born sharded, and emit marker ops
+    marker_ops    the marker ops: whole shapes for the graph, collectives when run eagerly
+    graph_pass    the pass: marker ops -> the core's rewrite -> sharded matmuls and collectives
+    fused_norms   add and norm in one op, taken apart where sites share a stretch across it
+    logits        lm_head, which vLLM runs outside the graph
+    worker        the worker process, in which idle ranks take part
+    requests      requests that are refused
+    failure       what a rank says when another has failed
+    lockstep      what keeps the data-parallel ranks in step
+    offline       the client of `LLM(data_parallel_size=N)`, which feeds every rank
+    host          every private name of vLLM that is used, checked when it is loaded
 
 Nothing else in fgtp_pass knows vLLM.
+
+May import: algebra, graph, collectives, agreement, detect, patterns, plan, rewrite, options.
+May be imported by: no other room.
 """
 
 PASS = "fgtp"  # in `CompilationConfig.passes`

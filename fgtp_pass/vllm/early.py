@@ -1,23 +1,24 @@
 """What must be changed while vLLM is being imported, an entry point of `vllm.platform_plugins`:
 `CompilationConfig` gets its field `passes`, and `LLM` may be given a data_parallel_size.
 
-General plugins load too late for both. Nothing here acts unless `passes` is given.
+General plugins load too late for both: `LLM(compilation_config={...})` is converted, and
+data_parallel_size refused, before they are loaded. Nothing here acts unless `passes` is given.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import field
 from importlib.abc import MetaPathFinder
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
-from fgtp_pass.sizes import nearest_hint
+from fgtp_pass.hints import nearest_hint
 from fgtp_pass.vllm import PASS
 
-_COMPILATION = "vllm.config.compilation"
+_HOLDER = "vllm.config.vllm"  # of VllmConfig, into which pydantic builds CompilationConfig
 _BASE_OF_LLM = "vllm.entrypoints.common.offline"
 
 
@@ -30,43 +31,45 @@ def check_passes(passes: list[str]) -> list[str]:
 
 
 def prepare() -> None:
-    """Platform plugin that offers no platform.
+    """Platform plugin that offers no platform. Idempotent.
 
-    vLLM probes platforms while `vllm.config.compilation` is being imported, which is the one time
-    at which `CompilationConfig` can still be given a field: after that, pydantic has built it, and
-    `LLM(compilation_config={...})` is converted before general plugins load.
+    vLLM probes platforms early in its import, at a place that differs from version to version;
+    `VllmConfig` comes after `CompilationConfig` in each, so the field is added in between, or to
+    both where they are there already.
     """
-    module = sys.modules.get(_COMPILATION)
-    if module is None or hasattr(module, "CompilationConfig"):
+    holder = sys.modules.get(_HOLDER)
+    if hasattr(holder, "VllmConfig"):
+        add_passes()
+    elif not any(isinstance(finder, _AtImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AtImport(_HOLDER, before=lambda _module: add_passes()))
+        if _BASE_OF_LLM not in sys.modules:
+            sys.meta_path.insert(0, _AtImport(_BASE_OF_LLM, after=_wrap_llm))
+
+
+def add_passes() -> None:
+    """Give `CompilationConfig` the field `passes`. Idempotent."""
+    from pydantic import AfterValidator, BeforeValidator
+    from pydantic.dataclasses import rebuild_dataclass
+    from vllm.config.compilation import CompilationConfig
+
+    if "passes" in CompilationConfig.__dataclass_fields__:
         return
-    module.config = _with_passes(module.config)  # type: ignore[attr-defined]
-    if _BASE_OF_LLM not in sys.modules:
-        sys.meta_path.insert(0, _AfterImport(_BASE_OF_LLM, _wrap_llm))
-
-
-def _with_passes(decorate: Any) -> Any:
-    @functools.wraps(decorate)
-    def config(cls: Any = None, **kwargs: Any) -> Any:
-        if cls is None:
-            return lambda cls: config(cls, **kwargs)
-        if cls.__name__ == "CompilationConfig":
-            _add_field(cls)
-        return decorate(cls, **kwargs) if kwargs else decorate(cls)
-
-    return config
-
-
-def _add_field(cls: Any) -> None:
-    from pydantic import field_validator
 
     def as_list(value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    cls.__annotations__["passes"] = list[str]
-    cls.passes = field(default_factory=list)
-    cls._fgtp_passes_as_list = field_validator("passes", mode="before")(staticmethod(as_list))
-    cls._fgtp_check_passes = field_validator("passes")(staticmethod(check_passes))
-    cls.compute_hash = _stock_hash_without_passes(cls.compute_hash)
+    kind: Any = Annotated[list[str], BeforeValidator(as_list), AfterValidator(check_passes)]
+    model = dataclasses.make_dataclass(
+        "passes", [("passes", kind, dataclasses.field(default_factory=list))]
+    )
+    CompilationConfig.__annotations__["passes"] = kind
+    (passes,) = dataclasses.fields(model)
+    CompilationConfig.__dataclass_fields__["passes"] = passes
+    CompilationConfig.compute_hash = _stock_hash_without_passes(CompilationConfig.compute_hash)
+    rebuild_dataclass(CompilationConfig, force=True)
+    holder = sys.modules.get(_HOLDER)
+    if hasattr(holder, "VllmConfig"):
+        rebuild_dataclass(holder.VllmConfig, force=True)  # type: ignore[union-attr]
 
 
 def _stock_hash_without_passes(compute_hash: Any) -> Any:
@@ -91,11 +94,16 @@ def _stock_hash_without_passes(compute_hash: Any) -> Any:
     return wrapped
 
 
-class _AfterImport(MetaPathFinder):
-    """Calls `then(module)` when the module `name` has been imported."""
+class _AtImport(MetaPathFinder):
+    """Calls `before(module)` and `after(module)` when the module `name` is imported."""
 
-    def __init__(self, name: str, then: Callable[[ModuleType], None]):
-        self._name, self._then = name, then
+    def __init__(
+        self,
+        name: str,
+        before: Callable[[ModuleType], None] = lambda _module: None,
+        after: Callable[[ModuleType], None] = lambda _module: None,
+    ):
+        self._name, self._before, self._after = name, before, after
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != self._name:
@@ -106,8 +114,9 @@ class _AfterImport(MetaPathFinder):
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                self._before(module)
                 execute(module)
-                self._then(module)
+                self._after(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

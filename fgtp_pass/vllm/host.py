@@ -14,6 +14,10 @@ from fgtp_pass.errors import FgtpError
 
 SUPPORTED = ("0.32", "0.33")
 
+STANDALONE_DRAFTER = (
+    "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator.StandaloneARSpeculator"
+)
+
 # dotted name -> parameters that must be there
 _NEEDED: dict[str, tuple[str, ...]] = {
     "vllm.config.compilation.CompilationConfig.init_backend": ("vllm_config", "prefix"),
@@ -66,9 +70,20 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.core_client.EngineCoreClient.make_client": ("asyncio_mode", "vllm_config"),
     "vllm.v1.engine.core_client.SyncMPClient.call_utility": ("method",),
     "vllm.v1.engine.core_client.SyncMPClient._send_input": ("request_type", "request"),
-    "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ("prompt", "params"),
     "vllm.v1.worker.dp_utils._post_process_dp_padding": ("tensor", "should_dp_pad"),
+    "vllm.v1.worker.dp_utils.dist": (),
+    "vllm.v1.worker.gpu.dp_utils.get_dp_group": (),
     "vllm.v1.worker.gpu.dp_utils.sync_cudagraph_and_dp_padding": ("num_tokens", "dp_size"),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model": ("dummy_run",),
+    "vllm.v1.worker.gpu.sample.prompt_logprob.CHUNK_SIZE": (),
+    "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker"
+    ".compute_prompt_token_id_logprobs": ("logits_fn",),
+    f"{STANDALONE_DRAFTER}._run_model": ("input_ids", "num_tokens_across_dp"),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._get_prompt_logprobs_dict": (
+        "num_scheduled_tokens",
+    ),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._preprocess": ("scheduler_output",),
+    "vllm.v1.worker.gpu_worker.Worker.execute_dummy_batch": (),
 }
 
 
@@ -108,6 +123,11 @@ def check_host() -> None:
                     f'{dotted} of vLLM {found} takes no {", ".join(missing)}; the pass "fgtp" '
                     f"supports vLLM {supported} as published."
                 )
+
+
+def prompt_chunk() -> int:
+    """Rows of the calls in which the V2 runner computes logits of prompts."""
+    return int(resolve("vllm.v1.worker.gpu.sample.prompt_logprob.CHUNK_SIZE"))
 
 
 def vllm_version() -> str:

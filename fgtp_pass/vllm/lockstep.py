@@ -15,6 +15,7 @@ from vllm.v1.worker import dp_utils
 from vllm.v1.worker.gpu import dp_utils as v2_dp_utils
 
 from fgtp_pass.vllm.settings import read_options
+from fgtp_pass.vllm.work import STEP
 
 
 class InStepModelConfig(ModelConfig):  # type: ignore[misc]
@@ -37,19 +38,53 @@ def create_model_config(stock: Any, self: Any) -> ModelConfig:
     return config
 
 
-def pad_every_step() -> None:
-    """Let both model runners pad all data-parallel ranks to one token count in every step.
+def join_host_messages() -> None:
+    """Let both model runners pad all data-parallel ranks to one token count in every step, and
+    carry our `Work` in the message by which they agree.
 
-    Stock vLLM does so where CUDA graphs or micro-batches need it; component groups always do.
+    Stock vLLM pads where CUDA graphs or micro-batches need it; component groups always do.
     Idempotent; called in worker processes of engines that use the pass.
     """
-    stock_v1, stock_v2 = (
-        dp_utils._post_process_dp_padding,
-        v2_dp_utils.sync_cudagraph_and_dp_padding,
+    if isinstance(dp_utils.dist, _Carrying):
+        return
+    dp_utils.dist = _Carrying(dp_utils.dist)
+    if hasattr(v2_dp_utils, "dist"):
+        v2_dp_utils.dist = _Carrying(v2_dp_utils.dist)
+    else:  # since 0.33 through the group
+        stock_group = v2_dp_utils.get_dp_group
+        v2_dp_utils.get_dp_group = lambda: _CarryingGroup(stock_group())
+    dp_utils._post_process_dp_padding = _around(dp_utils._post_process_dp_padding, _pad_v1)
+    v2_dp_utils.sync_cudagraph_and_dp_padding = _around(
+        v2_dp_utils.sync_cudagraph_and_dp_padding, _pad_v2
     )
-    if not hasattr(stock_v1, "__wrapped__"):
-        dp_utils._post_process_dp_padding = _around(stock_v1, _pad_v1)
-        v2_dp_utils.sync_cudagraph_and_dp_padding = _around(stock_v2, _pad_v2)
+
+
+class _Carrying:
+    """Stands for torch.distributed in the modules in which runners agree."""
+
+    def __init__(self, stock: Any):
+        self._stock = stock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
+
+    def all_reduce(self, message: torch.Tensor, group: Any) -> None:
+        rank = self._stock.get_rank(group)
+        STEP.exchange(message, rank, lambda both: self._stock.all_reduce(both, group=group))
+
+
+class _CarryingGroup:
+    """Stands for the data-parallel group there."""
+
+    def __init__(self, stock: Any):
+        self._stock = stock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
+
+    def cpu_all_reduce_(self, message: torch.Tensor) -> torch.Tensor:
+        STEP.exchange(message, self._stock.rank_in_group, self._stock.cpu_all_reduce_)
+        return message
 
 
 def _around(stock: Any, function: Any) -> Any:
@@ -63,7 +98,9 @@ def _pad_v1(stock: Any, tensor: torch.Tensor, should_dp_pad: bool) -> torch.Tens
 
 
 def _pad_v2(stock: Any, *args: Any, **kwargs: Any) -> Any:
-    """The V2 runner's step without CUDA graphs is not padded by stock vLLM."""
+    """The V2 runner's step without CUDA graphs is not padded by stock vLLM. Padded, an idle rank's
+    dummy request is as long as the others' batch, so requests are of one length no more.
+    """
     batch, sync = stock(*args, **kwargs)
     if sync is None or not sync.eager:
         return batch, sync
@@ -71,5 +108,5 @@ def _pad_v2(stock: Any, *args: Any, **kwargs: Any) -> Any:
     everywhere = torch.full_like(sync.num_tokens_across_dp, largest)
     return (
         dataclasses.replace(batch, num_tokens=largest),
-        dataclasses.replace(sync, num_tokens_across_dp=everywhere),
+        dataclasses.replace(sync, num_tokens_across_dp=everywhere, uniform_token_count=None),
     )

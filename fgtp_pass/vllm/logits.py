@@ -1,56 +1,68 @@
-"""lm_head under vLLM, which computes logits outside the compiled graph, once per step.
+"""lm_head under vLLM, which computes logits outside the compiled graph.
 
-Own -ag-> All x W[out/k] -> Cut -a2a-> Own, with the rows padded to the largest count of the group
-in that step. A rank without rows takes part all the same: see `take_part`.
+Own -ag-> All x W[out/k] -> Cut -a2a-> Own, at the largest row count of the group in that call,
+which all know from the step's message. A rank without rows takes part too: see `take_part`.
 """
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-from fgtp_pass import collectives
-from fgtp_pass.lowering import cut_to_own
-from fgtp_pass.vllm.ops import ShardedLayer, run
-from fgtp_pass.vllm.sites import current_construction
+from fgtp_pass.collectives import functional
+from fgtp_pass.rewrite.moves import cut_to_own
+from fgtp_pass.vllm.marker_ops import ShardedLayer, run
+from fgtp_pass.vllm.meta_plan import current_construction
+from fgtp_pass.vllm.work import Calls, rows_for_all
 
 
 class Exchange:
-    """The lm_head of this process, as its group knows it.
+    """The lm_head of this process, as its group knows it."""
 
-    counts: a gloo group of the component group's ranks, for row counts.
-    """
-
-    def __init__(self, sharded: ShardedLayer, counts: dist.ProcessGroup):
+    def __init__(self, sharded: ShardedLayer):
         self.sharded = sharded
-        self.counts = counts
+        self.calls = Calls(sharded.group)
 
-    def rows_of_group(self, rows: int) -> int:
-        """The largest row count of the group. Collective."""
-        said = torch.tensor([rows], dtype=torch.int64)
-        dist.all_reduce(said, dist.ReduceOp.MAX, group=self.counts)
-        return int(said)
-
-    def logits(self, hidden: torch.Tensor, apply_head: Any) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, apply_head: Any, drafts: bool) -> torch.Tensor:
         """[rows, hidden] -> [rows, vocabulary padded] of this rank's rows. Collective."""
         own, group = hidden.shape[0], self.sharded.group
-        rows = self.rows_of_group(own)
+        rows = rows_for_all(own, self._most(drafts), "its lm_head")
+        if not drafts:
+            self.calls.count()
         if rows == 0:
             return hidden.new_empty(0, self.sharded.weight.shape[0])
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, rows - own))
-        mine = apply_head(collectives.all_gather(run, group, padded))
-        whole: torch.Tensor = cut_to_own(run, group, mine, rows, self.sharded.weight)
-        return whole[:own]
+        mine = apply_head(functional.all_gather(run, group, padded))
+        whole: list[torch.Tensor] = cut_to_own(run, group, [mine], rows, [self.sharded.weight])
+        return whole[0][:own]
+
+    def _most(self, drafts: bool) -> int | None:
+        work = self.calls.work
+        if work is None:
+            return None
+        if drafts:
+            return work.requests
+        if self.calls.made == 0:
+            return work.logit_rows
+        return work.prompt_rows if self.calls.made <= work.prompt_calls else 0
+
+    def owed(self, prompts: bool) -> int:
+        """How many calls are left for this rank to take part in; prompts: those, too."""
+        work = self.calls.work
+        if work is None:
+            return 0
+        return 1 + (work.prompt_calls if prompts else 0) - self.calls.made
 
 
 class ShardedLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     """Takes an lm_head that is sharded over its component group as one that is not."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        if current_construction() is None:
+        construction = current_construction()
+        if construction is None:
             self.__class__ = LogitsProcessor
         LogitsProcessor.__init__(self, *args, **kwargs)
+        self.fgtp_drafts = construction is not None and construction.drafts
 
     def _get_logits(
         self,
@@ -66,7 +78,9 @@ class ShardedLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             )
             return stock
         logits: torch.Tensor | None = exchange.logits(
-            hidden_states, lambda x: self._apply_head(lm_head, x, embedding_bias)
+            hidden_states,
+            lambda x: self._apply_head(lm_head, x, embedding_bias),
+            self.fgtp_drafts,
         )
         if skip_gather:
             return logits
@@ -75,11 +89,29 @@ class ShardedLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             logits = self._gather_logits(logits)
         return None if logits is None else logits[..., : self.org_vocab_size]
 
+    def get_top_tokens(
+        self,
+        lm_head: Any,
+        hidden_states: torch.Tensor,
+        embedding_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[rows] ids. A drafter's way past whole logits; it must not end at this rank's shard."""
+        if not hasattr(lm_head, "fgtp_exchange"):
+            stock: torch.Tensor = super().get_top_tokens(lm_head, hidden_states, embedding_bias)
+            return stock
+        logits: torch.Tensor = self(lm_head, hidden_states, embedding_bias)
+        return logits.argmax(dim=-1)
+
+
+def exchange_of(model: Any) -> Exchange | None:
+    """That of the sharded lm_head in the model, if it has one."""
+    found = (getattr(layer, "fgtp_exchange", None) for layer in model.modules())
+    return next((exchange for exchange in found if exchange is not None), None)
+
 
 def take_part(model: Any, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """What a rank does in a step in which it has no rows of its own. Collective.
+    """Call the lm_head without rows of this rank's own. Collective.
 
     Through `compute_logits`, so that its shard does to the others' rows what theirs do.
     """
-    if any(hasattr(layer, "fgtp_exchange") for layer in model.modules()):
-        model.compute_logits(torch.zeros(0, hidden_size, dtype=dtype, device=device))
+    model.compute_logits(torch.zeros(0, hidden_size, dtype=dtype, device=device))

@@ -6,7 +6,7 @@ Nothing here acts unless a configuration has `"passes": ["fgtp"]`.
 from typing import Any
 
 from fgtp_pass.vllm import PASS
-from fgtp_pass.vllm.early import wrap
+from fgtp_pass.vllm.early import add_passes, wrap
 
 
 def install() -> None:
@@ -17,25 +17,23 @@ def install() -> None:
 
     if getattr(EngineArgs.create_engine_config, "_fgtp", False):
         return
-    if "passes" not in CompilationConfig.__dataclass_fields__:
-        return  # the platform plugin was left out: VLLM_PLUGINS, or VLLM_TARGET_DEVICE=cpu
+    add_passes()  # where vLLM has loaded no platform plugins: VLLM_TARGET_DEVICE=cpu
     from vllm.v1.engine.core_client import EngineCoreClient
-    from vllm.v1.engine.input_processor import InputProcessor
 
-    from fgtp_pass.vllm import lockstep, requests
+    from fgtp_pass.vllm import lockstep
 
     wrap(EngineArgs, "create_model_config", lockstep.create_model_config)
     wrap(EngineArgs, "create_engine_config", _create_engine_config)
     wrap(BaseModelLoader, "create_model", _create_model)
     wrap(CompilationConfig, "init_backend", _init_backend)
     wrap(EngineCoreClient, "make_client", _make_client)
-    wrap(InputProcessor, "process_inputs", requests.process_inputs)
 
 
 def _create_engine_config(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     from fgtp_pass.vllm import settings
 
-    if settings.read_options(self.compilation_config, self.additional_config) is None:
+    options = settings.read_options(self.compilation_config, self.additional_config)
+    if options is None:
         settings.warn_of_unused(self.additional_config)
         return stock(self, *args, **kwargs)
     from fgtp_pass.vllm import host, worker
@@ -43,13 +41,15 @@ def _create_engine_config(stock: Any, self: Any, *args: Any, **kwargs: Any) -> A
     host.check_host()
     config = stock(self, *args, **kwargs)
     settings.check_engine(config)
+    ranks = config.parallel_config.data_parallel_size
+    options.sizes.resolve(ranks, ranks)  # so that a size that does not fit is told here
     settings.say_what_is_auto(self.additional_config)
     worker.use_sharded_worker(config.parallel_config)
     return config
 
 
 def _create_model(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    from fgtp_pass.vllm.build import build_model
+    from fgtp_pass.vllm.build_model import build_model
 
     def positional(
         vllm_config: Any, model_config: Any, prefix: str = ""
@@ -63,7 +63,7 @@ def _init_backend(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs:
     backend = stock(self, vllm_config, *args, **kwargs)
     if PASS not in self.passes:
         return backend
-    from fgtp_pass.vllm.graph import with_pass
+    from fgtp_pass.vllm.graph_pass import with_pass
 
     return with_pass(backend, self.inductor_compile_config)
 

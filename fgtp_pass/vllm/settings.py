@@ -4,10 +4,11 @@ import difflib
 import logging
 from typing import Any
 
-from fgtp_pass.config import Options, parse_options
 from fgtp_pass.errors import ConfigError
+from fgtp_pass.hints import nearest_hint
+from fgtp_pass.options.options import Options, parse_options
 from fgtp_pass.patterns import BUILTIN
-from fgtp_pass.sizes import COMPONENT_SIZES, nearest_hint
+from fgtp_pass.plan.sizes import COMPONENT_SIZES
 from fgtp_pass.vllm import PASS
 
 log = logging.getLogger("vllm.fgtp_pass")
@@ -92,8 +93,17 @@ def step_settings(config: Any) -> dict[str, str]:
     }
 
 
-# drafters that have no layers of their own to run, and share none with the model
-_SPECULATION = ("ngram", "suffix")
+_DRAFT_MODELS = ("eagle", "eagle3", "mtp", "draft_model")
+_SPECULATION = ("ngram", "suffix", *_DRAFT_MODELS)
+
+
+def is_drafter(model_config: Any, speculative: Any) -> bool:
+    """Whether a `ModelConfig` is that of the model that drafts; guesses have the target's."""
+    return (
+        speculative is not None
+        and speculative.method in _DRAFT_MODELS
+        and model_config is speculative.draft_model_config
+    )
 
 
 def check_engine(config: Any) -> None:
@@ -117,11 +127,18 @@ def check_engine(config: Any) -> None:
         "distributed_executor_backend='external_launcher': its ranks are not kept in step": (
             parallel.distributed_executor_backend == "external_launcher"
         ),
-        f"speculative decoding by another method than {' or '.join(_SPECULATION)}: drafters run "
-        "the lm_head or the embedding a number of times that idle ranks do not know": (
+        f"speculative decoding by another method than {', '.join(_SPECULATION)}: not tried": (
             speculative is not None and speculative.method not in _SPECULATION
         ),
-        "pooling models": config.model_config.runner_type != "generate",
+        "parallel_drafting: its lm_head runs at counts of rows that ranks do not know": (
+            speculative is not None and speculative.parallel_drafting
+        ),
+        "drafts whose number changes (num_speculative_tokens_per_batch_size): ranks would draft "
+        "different numbers of times": (
+            speculative is not None and speculative.uses_dynamic_speculative_decoding()
+        ),
+        "multimodal models: not tried": config.model_config.is_multimodal_model,
+        "pooling models: not tried": config.model_config.runner_type != "generate",
     }
     for what, is_so in refused.items():
         if is_so:

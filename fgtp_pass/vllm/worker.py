@@ -1,4 +1,6 @@
-"""The worker: vLLM's own, with a part for idle ranks in what runs outside the graph."""
+"""The worker: vLLM's own, which tells the others of its work outside the graph, and takes part in
+theirs.
+"""
 
 from typing import Any
 
@@ -7,8 +9,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from fgtp_pass.errors import ConfigError
 from fgtp_pass.vllm.failure import naming_the_cause
-from fgtp_pass.vllm.lockstep import pad_every_step
-from fgtp_pass.vllm.logits import take_part
+from fgtp_pass.vllm.lockstep import join_host_messages
+from fgtp_pass.vllm.taking_part import TakingPart
+from fgtp_pass.vllm.work import IDLE, STEP
 
 STOCK = (
     "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -21,21 +24,30 @@ _Stock: Any = resolve_obj_by_qualname(STOCK)
 
 
 class ShardedWorker(_Stock):  # type: ignore[misc]
-    """A rank without requests runs dummy batches, in which others need its lm_head too."""
+    """A rank without requests runs dummy batches, in which others need its shards too."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        pad_every_step()
+        join_host_messages()
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self._part = TakingPart(self.model_runner, self.vllm_config)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         with naming_the_cause("a step"):
-            return super().execute_model(*args, **kwargs)
+            STEP.begin(self._part.scheduled.work(scheduler_output))
+            return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_the_cause("a step"):
+            return super().sample_tokens(*args, **kwargs)
 
     def execute_dummy_batch(self) -> None:
         with naming_the_cause("an idle step"):
+            STEP.begin(IDLE)
             super().execute_dummy_batch()
-            config = self.model_config
-            take_part(self.model_runner.model, config.get_hidden_size(), config.dtype, self.device)
+            self._part.settle(prompts=True)
 
 
 def use_sharded_worker(parallel_config: Any) -> None:

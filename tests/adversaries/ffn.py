@@ -1,5 +1,7 @@
 """FFNs: what may stand between the projections, and how the projections may be spelled."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -235,6 +237,66 @@ def _(m: Block, x: Tensor) -> Tensor:
     h = F.gelu(m.up(y))
     y.add_(1.0)
     return y + m.down(h)
+
+
+# What the matmuls and the ops between them read must be what it was where they stood.
+
+
+@case("divisor_updated_before_down", NO_MLP, amax=buffer(1), **UNGATED)
+def _(m: Block, x: Tensor) -> Tensor:
+    h = F.relu(m.up(x) / m.amax)
+    m.amax.mul_(0.9).add_(x.abs().amax() * 0.1)
+    return m.down(h)
+
+
+@case("divisor_updated_through_a_view", NO_MLP, scales=buffer(2), **UNGATED)
+def _(m: Block, x: Tensor) -> Tensor:
+    h = F.relu(m.up(x) / m.scales[1])
+    m.scales.view(2, 1)[1:].mul_(3.0)
+    return m.down(h)
+
+
+@case("divisor_updated_after_down", amax=buffer(1), **UNGATED)
+def _(m: Block, x: Tensor) -> Tensor:
+    y = m.down(F.relu(m.up(x) / m.amax))
+    m.amax.mul_(3.0)
+    return y
+
+
+@case("input_changed_between_two_copies_of_it", NO_MLP)
+def _(m: Block, x: Tensor) -> Tensor:
+    y = x * 1
+    before = y.double()
+    y.mul_(2.0)
+    return m.down(F.silu(m.gate(before.float())) * m.up(y))
+
+
+@case("cast_that_is_no_copy", NO_MLP)
+def _(m: Block, x: Tensor) -> Tensor:
+    y = x * 1
+    h = swiglu(m, y.float())  # y itself
+    y.view(-1).mul_(3.0)
+    return m.down(h) + y
+
+
+# The same activation, or nearly.
+
+ROUNDED = {
+    "through_bfloat16": lambda x: x.bfloat16().float(),
+    "through_float8": lambda x: x.to(torch.float8_e4m3fn).float(),
+    "through_int8": lambda x: (x * 16).to(torch.int8).float(),
+    "dropout_in_training": lambda x: F.dropout(x, 0.5, training=True),
+}
+
+
+def reads(name: str, expect: Expect, change: Callable[[Tensor], Tensor]) -> None:
+    case(f"gate_reads_{name}", expect)(lambda m, x: m.down(F.silu(m.gate(change(x))) * m.up(x)))
+
+
+for _name, _change in ROUNDED.items():
+    reads(_name, NO_MLP, _change)
+reads("through_double", STD, lambda x: x.double().float())
+reads("a_view", STD, lambda x: x.flatten(0, 1).unflatten(0, x.shape[:2]))
 
 
 @case("inner_value_used_outside_too", NO_MLP)

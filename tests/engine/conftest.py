@@ -1,5 +1,6 @@
 """Fixtures of the tests with real vLLM engines. Without vLLM installed, they are skipped."""
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -7,7 +8,9 @@ from typing import Any
 
 import pytest
 from checkpoints import CHECKPOINTS, Checkpoints, parts, prompts
-from engines import Answer, Engines, Job, install_test_plugin, merged
+from engines import Answer, Engines, Job, merged
+from fork_server import RUNNERS, ForkServer
+from ranks import HANG
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,75 +25,77 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 
 @pytest.fixture(scope="session")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Engines]]:
-    """`engines(n)(*jobs)`: n ranks run a job each. Ranks are kept; one world size at a time."""
-    kept: dict[int, Engines] = {}
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ForkServer]]:
+    """`server()`, `server("v2")`: the process that has imported vLLM; another if it has ended."""
+    servers: dict[str, ForkServer] = {}
 
-    def of(world: int) -> Engines:
-        if world not in kept or not kept[world].alive:
-            close()
-            folder = tmp_path_factory.mktemp(f"engines{world}_")
-            install_test_plugin(folder)
-            kept[world] = Engines(world, folder)
-        return kept[world]
+    def running(runner: str = "v1") -> ForkServer:
+        if runner not in servers or not servers[runner].alive:
+            folder = tmp_path_factory.mktemp(f"server_{runner}_")
+            servers[runner] = ForkServer(folder, RUNNERS[runner])
+        return servers[runner]
 
-    def close() -> None:
-        for pool in kept.values():
-            pool.kill()
-        kept.clear()
-
-    yield of
-    close()
+    yield running
+    for one in servers.values():
+        one.close()
 
 
 @pytest.fixture(scope="session")
-def unsharded(
-    tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoints
-) -> Iterator[Callable[..., Answer]]:
-    """`unsharded(name)`: what one rank alone gives for all prompts; one process runs them all.
+def engines(
+    tmp_path_factory: pytest.TempPathFactory, server: Callable[..., ForkServer]
+) -> Callable[..., Engines]:
+    """`engines(n)(*jobs)`: n ranks run a job each, with vLLM's V1 or V2 model runner."""
+
+    @functools.cache
+    def start(world: int, runner: str) -> Engines:
+        folder = tmp_path_factory.mktemp(f"engines{world}_{runner}_")
+        return Engines(world, lambda: server(runner), folder)
+
+    return lambda world, runner="v1": start(world, runner)
+
+
+@pytest.fixture(scope="session")
+def unsharded(engines: Callable[[int], Engines], checkpoint: Checkpoints) -> Callable[..., Answer]:
+    """`unsharded(name)`: what one rank alone gives for all prompts.
 
     Its options are those of `LLM`, and `job` replaces fields of the `Job`.
     """
     answers: dict[str, Answer] = {}
-    folder = tmp_path_factory.mktemp("unsharded_")
-    install_test_plugin(folder)
-    alone = Engines(1, folder)
 
     def of(name: str, job: Mapping[str, Any] | None = None, **options: Any) -> Answer:
-        nonlocal alone
         key = f"{name} {job} {options}"
         if key not in answers:
-            if not alone.alive:
-                alone = Engines(1, folder)
+            eager = {"enforce_eager": True}
             plain = Job(
-                checkpoint(name),
-                prompts(),
-                merged(CHECKPOINTS[name].options, {"enforce_eager": True}, options),
-                {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+                checkpoint(name), prompts(), merged(CHECKPOINTS[name].options, eager, options)
             )
-            answers[key] = alone(replace(plain, **(job or {})))[0]
+            answers[key] = engines(1)(replace(plain, **(job or {})))[0]
         return answers[key]
 
-    yield of
-    alone.kill()
+    return of
 
 
 @pytest.fixture
 def sharded(engines: Any, checkpoint: Checkpoints) -> Callable[..., list[Answer]]:
-    """`sharded(name, options)`: what each of two ranks gives for its part of the prompts."""
+    """`sharded(name, options)`: what each of two ranks gives for its part of the prompts.
 
-    def run(name: str, options: dict[str, Any], world: int = 2, **more: Any) -> list[Answer]:
+    More is for the `Job`s.
+    """
+
+    def run(
+        name: str, options: dict[str, Any], world: int = 2, runner: str = "v1", **more: Any
+    ) -> list[Answer]:
         given = prompts()
-        environment = more.pop("environment", {})
+        timeout = more.pop("timeout", HANG)
         jobs = [
             Job(
                 checkpoint(name),
                 {i: given[i] for i in part},
                 merged(CHECKPOINTS[name].options, options),
-                environment,
+                **more,
             )
             for part in parts(len(given), world)
         ]
-        return engines(world)(*jobs, **more)
+        return engines(world, runner)(*jobs, timeout=timeout)
 
     return run

@@ -25,9 +25,7 @@ def plan_all(
 
     The first is to be a model with experts, for which vLLM makes the groups that only they need.
     """
-    from engines import ENVIRONMENT
-
-    os.environ.update(ENVIRONMENT, VLLM_LOGGING_LEVEL="WARNING")
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import (
@@ -36,7 +34,7 @@ def plan_all(
     )
     from vllm.engine.arg_utils import EngineArgs
 
-    from fgtp_pass.vllm.layers import LAYER_CLASSES, register
+    from fgtp_pass.vllm.born_sharded import LAYER_CLASSES, register
     from fgtp_pass.vllm.logits import ShardedLogitsProcessor
 
     register({**LAYER_CLASSES, "LogitsProcessor": ShardedLogitsProcessor})
@@ -57,10 +55,10 @@ def plan_all(
 def plan_one(config: Any, components: tuple[str, ...]) -> Planned:
     import torch
 
-    from fgtp_pass.auto import SizeChooser
-    from fgtp_pass.config import parse_options
     from fgtp_pass.errors import FgtpError
-    from fgtp_pass.vllm.sites import plan_model
+    from fgtp_pass.options.auto_sizes import SizeChooser
+    from fgtp_pass.options.options import parse_options
+    from fgtp_pass.vllm.meta_plan import plan_model
 
     sizes = {f"{c}_tensor_parallel_size": 2 for c in components}
     options = parse_options({"finegrained_tp_config": sizes})

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 from checkpoints import Checkpoints, prompts
-from engines import ENVIRONMENT, Job, engine_arguments, generate, set_environment, shared
+from engines import Engines, Job, engine_arguments, generate, set_environment, shared
+from fork_server import ForkServer
 
 SIZES = {"oproj_tensor_parallel_size": 2}
 
 
 def errors_of(model: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
     """What `EngineArgs(**case)` raises, by case; runs in a process of its own."""
-    os.environ.update(ENVIRONMENT, RANK="0")  # external_launcher reads what torchrun sets
+    os.environ["RANK"] = "0"  # external_launcher reads what torchrun sets
+    from vllm.config import MultiModalConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+
+    class Multimodal(EngineArgs):  # a real one needs packages for images
+        def create_model_config(self) -> Any:
+            config = super().create_model_config()
+            config.multimodal_config = MultiModalConfig()
+            return config
+
     found = {}
     for name, case in cases.items():
         given = {"data_parallel_size": 2, "data_parallel_rank": 0} | case
         if "speculative_config" in given:
             given["speculative_config"] = given["speculative_config"] | {"model": model}
+        arguments = Multimodal if given.pop("multimodal", False) else EngineArgs
         try:
-            EngineArgs(model, skip_tokenizer_init=True, **given).create_engine_config()
+            arguments(model, skip_tokenizer_init=True, **given).create_engine_config()
             found[name] = ""
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
@@ -48,6 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         shared(fgtp_options={"timeout_seconds": 0}),
         "timeout_seconds",
     ),
+    "size": (shared("oproj", size=3), "does not divide the data-parallel size 2"),
     "one rank": (shared() | ONE_RANK, "data_parallel_size = 1"),
     "pipeline": (shared() | {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
     "LoRA": (shared() | {"enable_lora": True}, "LoRA"),
@@ -55,11 +67,12 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         shared() | {"distributed_executor_backend": "external_launcher"},
         "external_launcher",
     ),
-    "draft model": (
-        shared() | {"speculative_config": {"num_speculative_tokens": 2}},
+    "drafter": (
+        shared() | {"speculative_config": {"method": "medusa", "num_speculative_tokens": 2}},
         "speculative decoding by another method",
     ),
     "pooling": (shared() | {"runner": "pooling"}, "pooling models"),
+    "multimodal": (shared() | {"multimodal": True}, "multimodal models"),
     "worker": (shared() | {"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "Leave worker_cls"),
 }
 
@@ -72,7 +85,7 @@ def errors(engines: Any, checkpoint: Checkpoints) -> dict[str, str]:
         "pass alone": ON,
         "sizes alone": ONE_RANK | {"additional_config": {"finegrained_tp_config": SIZES}},
     }
-    return engines(1).run(errors_of, checkpoint("llama"), cases, timeout=120)[0]
+    return engines(1).run(errors_of, checkpoint("llama"), cases)[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,16 +143,15 @@ def hashes_and_graphs(job: Job) -> dict[str, Any]:
     }
 
 
-def test_not_asked_for_changes_nothing(engines: Any, checkpoint: Checkpoints) -> None:
+def test_not_asked_for_changes_nothing(
+    engines: Any, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
     """The same hashes, so the same compile caches, and the same graphs, to the letter."""
-    found = []
-    for plugins in (None, "fgtp_test"):
-        engines(1).kill()  # plugins are loaded once in a process
-        environment = {"VLLM_PLUGINS": plugins, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        job = Job(checkpoint("llama"), prompts(1), {}, environment)
-        found += engines(1).run(hashes_and_graphs, job, timeout=200)
-    engines(1).kill()
-    with_plugin, stock = found
+    job = Job(checkpoint("llama"), prompts(1))
+    (with_plugin,) = engines(1).run(hashes_and_graphs, job)
+    without = ForkServer(tmp_path, {"VLLM_PLUGINS": "fgtp_test"})
+    (stock,) = Engines(1, lambda: without, tmp_path).run(hashes_and_graphs, job)
+    without.close()
     assert (with_plugin.pop("loaded"), stock.pop("loaded")) == (True, False)
     assert with_plugin["graphs"]
     assert with_plugin == stock

@@ -7,21 +7,22 @@ from typing import Any
 import pytest
 from checkpoints import CHECKPOINTS
 from engines import COMPONENTS, Answer, merged, shared
+from marks import full
 from test_engine_tokens import assert_same
 
 Run = Callable[..., list[Answer]]
 One = Callable[..., Answer]
 
 
-@pytest.mark.slow
+@full
 def test_inductor(unsharded: One, sharded: Run) -> None:
     assert_same(
         unsharded("llama"),
-        sharded("llama", shared(), environment={"VLLM_CPU_CI_ENV": None}, timeout=400),
+        sharded("llama", shared(), environment={"VLLM_CPU_CI_ENV": None}),
     )
 
 
-@pytest.mark.slow
+@full
 def test_piecewise_cold_and_warm(
     unsharded: One, sharded: Run, engines: Any, tmp_path: Path
 ) -> None:
@@ -37,10 +38,9 @@ def test_piecewise_cold_and_warm(
     }
     logs = []
     for _ in range(2):
-        before = len(engines(2).log(0))
-        got = sharded("llama", shared(), environment=environment, timeout=400)
+        got = sharded("llama", shared(), environment=environment)
         assert_same(unsharded("llama"), got)
-        logs.append(engines(2).log(0)[before:])
+        logs.append(engines(2).log(0))
     cold, warm = logs
     assert "Dynamo bytecode transform time" in cold
     assert "Directly load AOT compilation" in warm
@@ -51,24 +51,24 @@ def test_piecewise_cold_and_warm(
 def test_plain_weights_are_inputs_of_the_graph(unsharded: One, sharded: Run, engines: Any) -> None:
     """Where no kernel packs them: what vLLM's fusions see is a linear, not an op of ours."""
     environment = {"FGTP_TEST_PLAIN": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
-    before = len(engines(2).log(0))
     assert_same(unsharded("llama"), sharded("llama", shared(), environment=environment))
-    _, graph = engines(2).log(0)[before:].split("the graph after the pass:", 1)
+    _, graph = engines(2).log(0).split("the graph after the pass:", 1)
     graph = graph[: graph.index("return")]
-    assert "fgtp" not in graph
+    assert "fgtp" not in graph.replace("fgtp_data_", "")  # but for the group's name
     layers, shards = 2, ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     linears = [line for line in graph.splitlines() if "= linear(" in line]
     assert len(linears) == 4 * layers
     for shard in shards:
         assert sum(f"{shard}.weight" in line for line in linears) == layers
-    assert graph.count("all_gather_into_tensor(") == 1 + layers  # ids, and each FFN's tokens
+    # embedding; and in each layer o_proj's exchange, an all_reduce into the FFN, the FFN's sum
+    assert graph.count("wait_tensor(") == 2 + 3 * layers
 
 
 def test_enforce_eager(unsharded: One, sharded: Run) -> None:
     assert_same(unsharded("llama"), sharded("llama", merged(shared(), {"enforce_eager": True})))
 
 
-@pytest.mark.slow
+@full
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_one_component(unsharded: One, sharded: Run, component: str) -> None:
     got = sharded("llama", shared(component))
@@ -89,22 +89,22 @@ def test_tight_batches(unsharded: One, sharded: Run) -> None:
     assert_same(unsharded("llama"), sharded("llama", merged(shared(), tight)))
 
 
-@pytest.mark.slow
+@full
 def test_four_ranks_with_mixed_sizes(unsharded: One, sharded: Run) -> None:
     options = shared(size=2)
     sizes = options["additional_config"]["finegrained_tp_config"]
     sizes["embedding_tensor_parallel_size"] = 4
     sizes["mlp_tensor_parallel_size"] = 4
-    got = sharded("llama", options, world=4, timeout=400)
+    got = sharded("llama", options, world=4)
     assert_same(unsharded("llama"), got)
     sizes_found = {site[:2] for answer in got for site in answer.found[0]["sites"]}
     assert sizes_found == {("embedding", 4), ("mlp", 4), ("oproj", 2), ("lmhead", 2)}
 
 
-@pytest.mark.slow
+@full
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_beside_tensor_parallelism(unsharded: One, sharded: Run, name: str) -> None:
     options = merged(shared(), {"tensor_parallel_size": 2}, CHECKPOINTS[name].options)
-    got = sharded(name, options, timeout=400)
+    got = sharded(name, options, processes="fork")
     assert_same(unsharded(name), got)
     assert all(len(answer.found) == 2 for answer in got)

@@ -65,7 +65,13 @@ def test_staggered_requests_with_aborts(
     engines: Callable[[int], Engines], checkpoint: Checkpoints, unsharded: Callable[..., Answer]
 ) -> None:
     given = {"prompts": prompts(MANY)}
-    job = Job(checkpoint("llama"), prompts(MANY), merged(shared(), TWO_RANKS), run=_staggered)
+    job = Job(
+        checkpoint("llama"),
+        prompts(MANY),
+        merged(shared(), TWO_RANKS),
+        run=_staggered,
+        processes="spawn",
+    )
     (got,) = engines(1)(job)
     assert_same(unsharded("llama", given), [got])
     first, second = got.found  # one worker of each rank
@@ -93,7 +99,7 @@ def test_refused(
     environment: dict[str, str],
     said: str,
 ) -> None:
-    job = Job(checkpoint("llama"), {}, options, environment, run=_what_it_says)
+    job = Job(checkpoint("llama"), {}, options, environment, run=_what_it_says, processes="fork")
     with pytest.raises(AssertionError, match=said):
         engines(1)(job)
 
@@ -134,7 +140,8 @@ async def _stream_all(job: Job) -> Answer:
 def test_async_llm(
     engines: Callable[[int], Engines], checkpoint: Checkpoints, unsharded: Callable[..., Answer]
 ) -> None:
-    job = Job(checkpoint("llama"), prompts(MANY), merged(shared(), TWO_RANKS))
-    (got,) = engines(1).run(_asynchronous, job, timeout=240)
+    options = merged(shared(), TWO_RANKS)
+    job = Job(checkpoint("llama"), prompts(MANY), options, processes="fork")
+    (got,) = engines(1).run(_asynchronous, job)
     assert_same(unsharded("llama", {"prompts": prompts(MANY)}), [got])
     assert got.found[0]["saved"] > 0

@@ -17,9 +17,9 @@ def _agreed(tokens: list[int]) -> tuple[list[int], int, list[int]]:
     from vllm.v1.worker import dp_utils as v1
     from vllm.v1.worker.gpu import dp_utils as v2
 
-    from fgtp_pass.vllm.lockstep import pad_every_step
+    from fgtp_pass.vllm.lockstep import join_host_messages
 
-    pad_every_step()
+    join_host_messages()
     rank, world = dist.get_rank(), dist.get_world_size()
     here: Any = SimpleNamespace(
         cpu_group=dist.group.WORLD, device_group=dist.group.WORLD, device="cpu"

@@ -18,7 +18,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory, engines: Any) -> dict[str,
     names = sorted(every, key=lambda name: name != "mixtral")  # see plan_all
     folders = {name: every[name].write(folder / name, weights=False) for name in names}
     components = {name: every[name].components for name in names}
-    return engines(1).run(plan_all, folders, components, free_port(), timeout=400)[0]
+    return engines(1).run(plan_all, folders, components, free_port())[0]
 
 
 @pytest.mark.parametrize("name", PLANNED)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from checkpoints import Checkpoints, parts, prompts, write_tokenizer
 from engines import Answer, Job, answer_of, merged, probe, sampling, shared
-from test_engine_tokens import assert_same
+from test_engine_tokens import TIE, assert_same
 
 One = Callable[..., Answer]
 DIGITS = "([3-7]){5}"
@@ -29,8 +30,8 @@ def _every_other_constrained(llm: Any, job: Job) -> Answer:
 
 
 def on_two_ranks(engines: Any, model: str, given: Mapping[int, Any], **more: Any) -> list[Answer]:
-    options = merged(shared(), more.pop("options", {}))
-    answers: list[Answer] = engines(2)(
+    options, runner = merged(shared(), more.pop("options", {})), more.pop("runner", "v1")
+    answers: list[Answer] = engines(2, runner)(
         *[Job(model, {i: given[i] for i in part}, options, **more) for part in parts(len(given), 2)]
     )
     return answers
@@ -48,6 +49,32 @@ def test_structured_output(engines: Any, checkpoint: Checkpoints, unsharded: One
         assert (re.fullmatch(DIGITS, digits) is not None) == (i % 2 == 1)
 
 
+def _some_with_prompts(llm: Any, job: Job) -> Answer:
+    """Logprobs of their prompts for requests 1, 3 and 6; two of them are on one rank."""
+    numbers = sorted(job.prompts)
+    asked = {1: 2, 3: 0, 6: 3}
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(job.prompts[i])} for i in numbers],
+        [sampling(i, **({"prompt_logprobs": asked[i]} if i in asked else {})) for i in numbers],
+        use_tqdm=False,
+    )
+    return answer_of(dict(zip(numbers, outputs, strict=True)), llm.apply_model(probe))
+
+
+def test_logits_of_prompts(engines: Any, checkpoint: Checkpoints, unsharded: One) -> None:
+    """Prompts in chunks, on ranks that have other numbers of them, beside idle ranks."""
+    tight = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_prefix_caching": False}
+    run = {"run": _some_with_prompts}
+    want = unsharded("llama", run)
+    got = on_two_ranks(engines, checkpoint("llama"), prompts(), options=tight, **run)
+    assert_same(want, got)
+    for answer in got:
+        for i, found in answer.prompts.items():
+            for before, after in zip(want.prompts[i], found, strict=True):
+                assert after == pytest.approx(before, abs=TIE)
+    assert sorted(want.prompts) == sorted(i for answer in got for i in answer.prompts) == [1, 3, 6]
+
+
 def test_ngram_speculation(engines: Any, checkpoint: Checkpoints, unsharded: One) -> None:
     """Steps of one rank verify more tokens than those of the other; the tokens stay."""
     repeating = {i: (ids[:6] * 4)[: 10 + i] for i, ids in prompts(8).items()}
@@ -56,3 +83,33 @@ def test_ngram_speculation(engines: Any, checkpoint: Checkpoints, unsharded: One
     got = on_two_ranks(engines, checkpoint("llama"), repeating, options=options)
     assert_same(unsharded("llama", {"prompts": repeating}), got)
     assert "SpeculativeConfig(method='ngram'" in engines(2).log(0)
+
+
+def _some_as_embeddings(llm: Any, job: Job) -> Answer:
+    """Every third prompt as embeddings; a batch of these alone looks nothing up."""
+    import torch
+
+    def prompt(i: int) -> Any:
+        if i % 3:
+            return {"prompt_token_ids": list(job.prompts[i])}
+        source = torch.Generator().manual_seed(i)
+        return {"prompt_embeds": 0.1 * torch.randn(len(job.prompts[i]), 128, generator=source)}
+
+    numbers = sorted(job.prompts)
+    outputs = llm.generate(
+        [prompt(i) for i in numbers], [sampling(i) for i in numbers], use_tqdm=False
+    )
+    return answer_of(dict(zip(numbers, outputs, strict=True)), llm.apply_model(probe))
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_prompts_as_embeddings(
+    engines: Any, checkpoint: Checkpoints, unsharded: One, runner: str
+) -> None:
+    """The table is read outside the graph, at another count of tokens on each rank."""
+    options, run = {"enable_prompt_embeds": True}, {"run": _some_as_embeddings}
+    want = unsharded("llama", run, **options)
+    got = on_two_ranks(
+        engines, checkpoint("llama"), prompts(), options=options, runner=runner, **run
+    )
+    assert_same(want, got)

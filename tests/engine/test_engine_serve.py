@@ -1,4 +1,6 @@
-"""`vllm serve` with two ranks, over HTTP: clients at once, streams, a refusal, one that leaves."""
+"""`vllm serve` with two ranks and its default two API servers, over HTTP: clients at once, streams,
+logprobs of prompts, one that leaves.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +12,29 @@ from typing import Any
 
 import pytest
 from checkpoints import Checkpoints, prompts
-from demo_vllm import serving
 from engines import Answer, shared, tokens_of
-from openai import BadRequestError, OpenAI
+from fork_server import ForkServer
+from openai import OpenAI
+from servers import serving
+from test_engine_tokens import TIE
 
 CLIENTS = 12
+ASKING = (2, 3, 5, 7, 8)  # for logprobs of their prompts; by chance both API servers get some
 
 
 def test_clients_at_once(
-    checkpoint: Checkpoints, unsharded: Callable[..., Answer], tmp_path: Path
+    checkpoint: Checkpoints,
+    unsharded: Callable[..., Answer],
+    server: Callable[..., ForkServer],
+    tmp_path: Path,
 ) -> None:
     model, given = checkpoint("llama"), prompts(CLIENTS)
     sizes = json.dumps(shared()["additional_config"])
-    arguments = ("-cc.passes=fgtp", "--additional-config", sizes)
-    with serving(Path(model), tmp_path / "log", *arguments) as port:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
+    arguments = ("--data-parallel-size", "2", "-cc.passes=fgtp", "--additional-config", sizes)
+    with serving(server(), tmp_path / "served", model, *arguments) as served:
 
         def ask(i: int, **more: Any) -> Any:
+            client = OpenAI(base_url=served.url, api_key="none", timeout=120, max_retries=0)
             extra = {"return_token_ids": True, "ignore_eos": True} | more.pop("extra", {})
             request = {"max_tokens": tokens_of(i), "temperature": 0} | more
             return client.completions.create(
@@ -44,18 +52,28 @@ def test_clients_at_once(
             with ask(i, stream=True, max_tokens=80) as stream:
                 next(iter(stream))
 
-        def refused(i: int) -> None:
-            with pytest.raises(BadRequestError, match="prompt_logprobs is not supported"):
-                ask(i, extra={"prompt_logprobs": 1})
+        def of_its_prompt(i: int) -> list[dict[int, float]]:
+            choice = ask(i, extra={"prompt_logprobs": 1}).choices[0]
+            return [
+                {int(token): said["logprob"] for token, said in (at or {}).items()}
+                for at in choice.prompt_logprobs
+            ]
 
-        with ThreadPoolExecutor(CLIENTS + 4) as pool:
+        with ThreadPoolExecutor(CLIENTS + 2 + len(ASKING)) as pool:
             beside = [pool.submit(leaves, i) for i in (0, 1)]
             answers = {i: pool.submit(whole, i) for i in given}
-            beside += [pool.submit(refused, i) for i in (2, 3)]
+            asked = {i: pool.submit(of_its_prompt, i) for i in ASKING}
             for other in beside:
                 other.result()
             got = {i: answer.result() for i, answer in answers.items()}
+            of_prompts = {i: found.result() for i, found in asked.items()}
         late = whole(0)  # the other rank idles
-    assert got == unsharded("llama", {"prompts": given}).tokens
+        log = served.log.read_text()
+    want = unsharded("llama", {"prompts": given, "sampling": {"prompt_logprobs": 1}})
+    assert got == want.tokens
     assert late == got[0]
-    assert "fgtp: ranks 0 to 1 share" in (tmp_path / "log").read_text()
+    for i, found in of_prompts.items():
+        for before, after in zip(want.prompts[i], found, strict=True):
+            assert after == pytest.approx(before, abs=TIE)
+    assert "ApiServer_1" in log
+    assert "fgtp: ranks 0 to 1 share" in log

@@ -1,0 +1,24 @@
+"""The inner backend, which compiles the rewritten graph."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fgtp_pass.options.options import Options
+
+Compiled = Callable[..., Any]
+
+
+def compile_inner(options: Options, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Compile with the inner backend."""
+    backend = options.inner_backend
+    extra: dict[str, Any] = {}
+    if options.inner_options:
+        by_name = backend == "inductor"
+        extra = {"config_patches" if by_name else "options": options.inner_options}
+    if isinstance(backend, str):
+        backend = torch._dynamo.lookup_backend(backend)
+    compiled: Compiled = backend(gm, list(inputs), **extra)
+    return compiled

@@ -1,0 +1,301 @@
+"""The way of one graph on this rank: detect, plan, agree, rewrite, shard, compile."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fgtp_pass import dynamo
+from fgtp_pass.agreement.control_group import (
+    ONE_AT_A_TIME,
+    ControlGroup,
+    all_ranks,
+    reporting_failure,
+)
+from fgtp_pass.agreement.equality import require_same_items
+from fgtp_pass.agreement.hosts import ranks_on_smallest_host
+from fgtp_pass.agreement.message import Intent
+from fgtp_pass.backend.inner import Compiled, compile_inner
+from fgtp_pass.collectives.groups import ComponentGroup, DataParallelGroup
+from fgtp_pass.detect.detect import Detection, detect
+from fgtp_pass.dynamo import SizeGuard
+from fgtp_pass.errors import AgreementError, ConfigError
+from fgtp_pass.options.auto_sizes import SizeChooser
+from fgtp_pass.options.options import Options
+from fgtp_pass.plan.plan import Plan, WeightCut, format_bytes
+from fgtp_pass.plan.planner import PlannedGraph, check_requested, plan_graph
+from fgtp_pass.rewrite.idle_graph import idle_graph
+from fgtp_pass.rewrite.rewrite import RewrittenGraph, rewrite
+from fgtp_pass.step.idle_program import IdleProgram
+from fgtp_pass.step.idle_step import note_step
+from fgtp_pass.step.step import Step, collectives_of, sites_number
+from fgtp_pass.step.token_counts import TokenCounter
+from fgtp_pass.versions import library_versions
+from fgtp_pass.weights import packing
+from fgtp_pass.weights.checksum import checksum
+from fgtp_pass.weights.shard import (
+    forget_shard,
+    read_parameters,
+    shard_parameters,
+    unshard_parameter,
+)
+from fgtp_pass.weights.sharded_parameter import ShardedParameter, record_of
+from fgtp_pass.weights.unread_parameter import UnreadParameter, WeightSource, source_of
+
+log = logging.getLogger("fgtp_pass")
+
+
+class Runtime:
+    """What compiled graphs with the same options and group share on this rank."""
+
+    def __init__(self, options: Options, group: DataParallelGroup):
+        self.options = options
+        self.group = group
+        self.everyone = all_ranks(group)
+        with reporting_failure(self.everyone):
+            self._chooser = SizeChooser(
+                options, group, self.everyone, ranks_on_smallest_host(group)
+            )
+        # ragged steps learn the number of rows to run at when they exchange counts
+        self._exchanges = options.check_tokens or options.tokens == "ragged"
+        # the parameters that the ranks have agreed on, with the class they had then
+        self._agreed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._controls: dict[int, ControlGroup] = {}
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Group sizes by component, 1 for off."""
+        return self._chooser.sizes
+
+    @property
+    def step_control(self) -> ControlGroup:
+        """The ranks that this one runs in step with: the smallest group with all its groups."""
+        size = math.lcm(*self.sizes.values())
+        if size not in self._controls:
+            self._controls[size] = ControlGroup(self.group, size)
+        return self._controls[size]
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        """The callable for one graph; shards its weights if it is the first that reads them.
+
+        A graph of weights that the ranks have agreed on is one that Dynamo traced anew for another
+        shape. The other ranks need not trace it, so it is compiled without asking them, and cuts
+        nothing.
+        """
+        parameters = [v for v in inputs if isinstance(v, nn.Parameter)]
+        if all(p in self._agreed and self._agreed[p] is type(p) for p in parameters):
+            return self._compile_again(gm, inputs)
+        with ONE_AT_A_TIME:
+            compiled = self._compile_together(gm, inputs, parameters)
+        for parameter in parameters:
+            self._agreed[parameter] = type(parameter)
+        return compiled
+
+    def _compile_again(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        in_force = _in_force(gm, inputs)
+        with reporting_failure(self.step_control if self._exchanges and in_force else None):
+            detection = self._detect(gm, inputs).only(in_force)
+            planned = self._plan(gm, inputs, detection)
+            return self._compile(gm, inputs, self._write(gm, inputs, planned))
+
+    def _compile_together(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], parameters: Sequence[nn.Parameter]
+    ) -> Compiled:
+        """Compile in step with all ranks, which agree before weights are touched and after.
+
+        A rank that fails makes all of them raise, and the weights are whole again.
+        """
+        for size in sorted(self.group.run_in_step):
+            # where another rank is in a step, all of them hear at once that this one is not
+            ControlGroup(self.group, size).exchange(Intent.SHARD)
+        with reporting_failure(self.everyone):
+            detection = self._detect(gm, inputs)
+            self._chooser.see(detection)
+            planned = self._plan(gm, inputs, detection)
+            check_requested(planned.plan, self.options.sizes.requested, self.options.allow_missing)
+        self._agree(planned.plan)
+        with reporting_failure(self.everyone):
+            written = self._write(gm, inputs, planned)
+            checksums = self._checksums(inputs, written)
+        require_same_items(
+            self.everyone,
+            checksums,
+            "the data-parallel ranks hold different weights:",
+            "They must load the same checkpoint, or be made from one seed; nothing was sharded.",
+        )
+        before = {p: source_of(p) for p in parameters if not isinstance(p, ShardedParameter)}
+        try:
+            with reporting_failure(self.everyone):
+                compiled = self._compile(gm, inputs, written)
+            self.everyone.exchange(Intent.SHARD, payload="compiled")
+        except Exception as error:
+            self._give_back(before, error)
+            raise
+        if written is not None:
+            self.group.run_in_step.add(self.step_control.size)
+        return compiled
+
+    def _give_back(
+        self, before: Mapping[nn.Parameter, WeightSource | None], cause: Exception
+    ) -> None:
+        """Undo the sharding of those that were whole, or unread, where a source is given.
+
+        Collective; tells if a rank is away.
+        """
+        for parameter, source in before.items():
+            if source is not None:
+                forget_shard(parameter, source)
+        sharded = [p for p in before if isinstance(p, ShardedParameter)]
+        if sharded and isinstance(cause, AgreementError) and cause.away:
+            raise AgreementError(
+                f"{cause} The weights of this rank are shards now, and the rest of them cannot be "
+                "reached: once all ranks have come back, call fgtp_pass.unshard, or load the model "
+                "anew.",
+                shared=True,
+                away=True,
+            ) from cause
+        with self.step_control.running([]):
+            for parameter in sharded:
+                unshard_parameter(parameter)
+
+    def _detect(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Detection:
+        return detect(gm.graph, inputs, self.options.all_patterns)
+
+    def _plan(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], detection: Detection
+    ) -> PlannedGraph:
+        """What to do with the graph, as far as it fits with what is sharded already."""
+        in_force = _in_force(gm, inputs)
+        planned = plan_graph(detection, self.sizes, self.group.size, in_force)
+        chosen = tuple(self._chooser.chosen.values())
+        plan = planned.plan.model_copy(update={"chosen": chosen})
+        return replace(planned, plan=plan)
+
+    def _agree(self, plan: Plan) -> None:
+        """Compare options, library versions and sites on all ranks; raises on every one."""
+        self.everyone.require_equal(
+            {
+                "sizes": self.sizes,
+                "tokens": self.options.tokens,
+                "check_tokens": self.options.check_tokens,
+                "check_weights": self.options.check_weights,
+                **library_versions(),
+            }
+        )
+        require_same_items(
+            self.everyone,
+            {f"{s.component} {s.weights[0].fqn}": s.model_dump_json() for s in plan.sites},
+            "the data-parallel ranks differ in plan:",
+            "They must run the same model with the same options and libraries.",
+        )
+
+    def _checksums(self, inputs: Sequence[Any], written: "Written | None") -> dict[str, str]:
+        """Of the weights that are to be cut, by name; none if they are not to be compared."""
+        if written is None or not self.options.check_weights:
+            return {}
+        return {
+            cut.fqn: checksum(inputs[position])
+            for position, (cut, _) in written.rewritten.shards.items()
+            if not isinstance(inputs[position], (ShardedParameter, UnreadParameter))
+        }
+
+    def _write(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], planned: PlannedGraph
+    ) -> "Written | None":
+        """The rewritten graph, or None for a graph that stays as it is."""
+        in_force = _in_force(gm, inputs)
+        if not planned.sites and not in_force:
+            return None
+        sizes = {site.site.group_size for site in planned.sites}
+        sizes |= {size for _, size in in_force.values()}
+        groups = {size: self.group.component_group(size) for size in sorted(sizes)}
+        for record in filter(None, map(record_of, inputs)):
+            if record.group != groups[record.group.size]:
+                raise ConfigError(
+                    f"{record.cut.fqn} is sharded over the ranks {record.group.ranks} by another "
+                    "compiled model with another process_group. Call fgtp_pass.unshard first."
+                )
+        rewritten = rewrite(gm, planned, groups, in_force, self.options.tokens == "ragged")
+        packed = packing.packable(rewritten.module.graph, rewritten.shards)
+        packing.take_packed(rewritten.module, packed)
+        return Written(planned, rewritten, groups, packed)
+
+    def _compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], written: "Written | None"
+    ) -> Compiled:
+        """Shard what is whole, and compile the rewritten graph."""
+        if written is None:
+            read_parameters(inputs)
+            return compile_inner(self.options, gm, inputs)
+        planned, rewritten, groups = written.planned, written.rewritten, written.groups
+        how: dict[nn.Parameter, tuple[WeightCut, ComponentGroup] | None] = {
+            value: None for value in inputs if isinstance(value, nn.Parameter)
+        }
+        how |= {inputs[i]: (cut, groups[size]) for i, (cut, size) in rewritten.shards.items()}
+        packed = {inputs[i] for i in written.packed}
+        new = shard_parameters(how, planned.plan, packed, self.step_control)
+        if new and self.group.rank == 0:
+            freed = format_bytes(planned.plan.bytes_saved_per_rank)
+            log.info("sharded %d weights, %s freed per rank", new, freed)
+            log.debug("%s", planned.plan)
+        compiled, guards = self._compile_rewritten(inputs, written)
+        idle, taken = idle_graph(gm, planned, rewritten.gathered, groups)
+        packing.take_packed(idle, [i for i, n in enumerate(taken) if n in written.packed])
+        step = Step(
+            compiled=compiled,
+            shards=tuple(rewritten.shards),
+            packed=written.packed,
+            counter=TokenCounter(gm.graph, planned.sites, guards),
+            sites=sites_number(planned.sites),
+            collectives=collectives_of(planned.sites, rewritten.gathered.values()),
+            control=self.step_control,
+            exchanges=self._exchanges,
+            ragged=self.options.tokens == "ragged",
+            idle=IdleProgram(idle, taken),
+        )
+        for graph in (rewritten.module.graph, idle.graph):
+            dynamo.forget_values(graph)
+        note_step(step, (inputs[position] for position in rewritten.shards))
+        return step
+
+    def _compile_rewritten(
+        self, inputs: Sequence[Any], written: "Written"
+    ) -> tuple[Compiled, list[SizeGuard]]:
+        """Compile with the shards, real and of static shape, in the place of the parameters."""
+        given, rewritten = list(inputs), written.rewritten
+        for position in rewritten.shards:
+            record = record_of(inputs[position])
+            assert record is not None
+            given[position] = record.for_graph(position in written.packed)
+        static = [given[position] for position in rewritten.shards]
+        rows = rewritten.row_examples
+        with dynamo.new_inputs(static, rows, rewritten.row_inputs) as guards:
+            compiled = compile_inner(self.options, rewritten.module, [*given, *rows])
+        return compiled, guards
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A rewritten graph with its plan and the component groups that it names.
+
+    packed: the positions of the shards that it takes packed.
+    """
+
+    planned: PlannedGraph
+    rewritten: RewrittenGraph
+    groups: Mapping[int, ComponentGroup]
+    packed: frozenset[int]
+
+
+def _in_force(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[WeightCut, int]]:
+    """The placeholders of parameters that are sharded already, and how."""
+    found = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        record = record_of(value)
+        if record is not None:
+            found[node] = (record.cut, record.group.size)
+    return found

@@ -1,0 +1,51 @@
+"""Why a parameter stays whole, where no pattern says so."""
+
+from torch import fx
+
+from fgtp_pass.graph.dataflow import GraphView, Reach
+from fgtp_pass.graph.normal_form import ParamMatmul
+from fgtp_pass.graph.op_kinds import OpKind, op_kind, value_of
+from fgtp_pass.graph.region import NoRegion, find_region
+
+
+def general_reason(view: GraphView, placeholder: fx.Node) -> str:
+    """Why no pattern asked for this parameter, from how the graph uses it."""
+    dims = value_of(placeholder).dim()
+    if dims == 1:
+        owner = next((m for m in view.matmuls if m.bias is placeholder), None)
+        if owner is not None:
+            return f"a bias: {_matmul_reason(view, owner)}"
+        return "a vector of one value per feature (a norm, a scale or a bias)"
+    if dims > 2:
+        return f"a parameter of {dims} dims (stacked experts, a convolution): no component's weight"
+    for matmul in view.matmuls:
+        if matmul.weight is not None and matmul.weight.placeholder is placeholder:
+            return _matmul_reason(view, matmul)
+    if not placeholder.users:
+        return "the graph does not use it"
+    if any(op_kind(user) is OpKind.LOOKUP for user in placeholder.users):
+        return "its lookup is not one of a plain table"
+    return "no matmul or lookup uses it directly"
+
+
+def _matmul_reason(view: GraphView, matmul: ParamMatmul) -> str:
+    reach = view.reach[matmul.node]
+    if matmul.node in view.routers:
+        return "a router: experts or tokens are chosen from its result"
+    if Reach.ATTENTION in reach:
+        return "feeds an attention core (q, k or v): it is cut with the heads, not over tokens"
+    other = next((m for m in view.matmuls if view.facts[m.input].origin is matmul.node), None)
+    if other is not None:
+        if Reach.ATTENTION in view.reach[other.node]:
+            return "feeds only another projection: the inner half of a low-rank pair or transform"
+        return f"feeds only another projection, and both stay whole: {_why_not_joined(view, other)}"
+    before = view.facts[matmul.input].origin
+    if before is not None and view.matmul_at(before) is not None:
+        return f"reads another projection, and both stay whole: {_why_not_joined(view, matmul)}"
+    return "no component's definition fits its place in the graph"
+
+
+def _why_not_joined(view: GraphView, down: ParamMatmul) -> str:
+    """Why a matmul and the one in front of it are no FFN that can be cut."""
+    region = find_region(view, down)
+    return region.reason if isinstance(region, NoRegion) else "they are no FFN"

@@ -1,0 +1,32 @@
+"""Sizes as expressions in the sizes of inputs, so that equal ones are known to be equal."""
+
+import functools
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv
+
+
+def size_expression(size: int | torch.SymInt) -> Any:
+    """An int, or an expression in which what divides evenly is divided.
+
+    Where two sizes of an input are one symbol (dynamic, batch == length), a view that torch sees as
+    s**2 // s would else be another size than s.
+    """
+    return _divided(size.node.expr) if isinstance(size, torch.SymInt) else size
+
+
+@functools.lru_cache(4096)
+def _divided(expression: sympy.Basic) -> Any:
+    return expression.replace(FloorDiv, _quotient)
+
+
+def _quotient(numerator: sympy.Basic, denominator: sympy.Basic) -> sympy.Basic:
+    quotient = sympy.cancel(numerator / denominator)
+    symbols = quotient.free_symbols
+    if symbols and quotient.is_polynomial(*symbols):
+        coefficients = sympy.Poly(quotient, *symbols).coeffs()
+        if all(coefficient.is_integer for coefficient in coefficients):
+            return quotient
+    return FloorDiv(numerator, denominator)

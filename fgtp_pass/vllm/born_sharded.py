@@ -1,0 +1,304 @@
+"""Layers that are born sharded: the full weight never exists on any rank.
+
+A planned layer is built as if its tensor-parallel group were its component group, so vLLM's own
+loaders, of every quantisation that supports tensor parallelism, read only its shard. Its forward
+emits a marker op of the whole layer's shape. With tensor parallelism T > 1 the shard is part
+(t*k + g) of T*k for TP rank t and place g in the component group, which is part g of what rank t
+would hold without the pass; the layer's own all_reduce stays.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from vllm.distributed import parallel_state, tensor_model_parallel_all_reduce
+from vllm.forward_context import is_forward_context_available
+from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    DEFAULT_VOCAB_PADDING_SIZE,
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from fgtp_pass.algebra.placement import Cut
+from fgtp_pass.collectives.groups import ComponentGroup
+from fgtp_pass.errors import ConfigError, DetectionError
+from fgtp_pass.plan.plan import WeightCut
+from fgtp_pass.vllm.marker_ops import (
+    LAYERS,
+    ShardedLayer,
+    run,
+    sum_of_cut,
+    whole_embedding,
+    whole_linear,
+)
+from fgtp_pass.vllm.meta_plan import Role, current_construction
+from fgtp_pass.vllm.stretch import check_arrived
+from fgtp_pass.vllm.work import Calls, rows_for_all
+
+
+class _Part:
+    """Stands for the tensor-parallel group while a layer is built: part `rank` of `size`."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank_in_group = rank
+        self.world_size = size
+
+
+@contextmanager
+def _born_in(group: ComponentGroup) -> Iterator[None]:
+    stock = parallel_state.get_tp_group()
+    part = _Part(stock.rank_in_group * group.size + group.rank, stock.world_size * group.size)
+    with mock.patch.object(parallel_state, "_TP", part):
+        yield
+
+
+def _build(layer: nn.Module, stock: type[nn.Module], args: Any, kwargs: Any) -> Role | None:
+    """Build a layer of class `stock`, as a shard if it is planned. Returns its role if it is."""
+    construction = current_construction()
+    role = construction.role_of(layer) if construction is not None else None
+    if construction is None or role is None:
+        layer.__class__ = stock  # LoRA and others compare types
+        stock.__init__(layer, *args, **kwargs)
+        return None
+    group = construction.groups[role.group_size]
+    if issubclass(stock, VocabParallelEmbedding):
+        parts = parallel_state.get_tp_group().world_size * group.size
+        padding = kwargs.get("padding_size", DEFAULT_VOCAB_PADDING_SIZE)
+        kwargs = kwargs | {"padding_size": math.lcm(padding, parts)}
+    with _born_in(group):
+        stock.__init__(layer, *args, **kwargs)
+    return role
+
+
+def _describe(
+    layer: Any, role: Role, full: tuple[int, int], cut_dim: int, blocks: int = 1
+) -> ShardedLayer:
+    """Record how a layer was built. full: the shape of what its tensor-parallel rank would hold."""
+    construction = current_construction()
+    assert construction is not None
+    group = construction.groups[role.group_size]
+    expected = parallel_state.get_tp_group().world_size * group.size
+    if layer.tp_size != expected:
+        raise DetectionError(
+            f"{role.weight.fqn} was built in {layer.tp_size} parts in place of {expected}: the "
+            f"model opts this layer out of tensor parallelism. Leave {role.component} out of "
+            "finegrained_tp_config."
+        )
+    if role.component != "embedding" and (cut_dim == 1) != (role.cut is Cut.IN):
+        raise DetectionError(
+            f"{role.weight.fqn} is to be cut along its {role.cut.value}puts, which a "
+            f"{type(layer).__name__} does not do. Leave {role.component} out of "
+            "finegrained_tp_config."
+        )
+    dtype = str(layer.params_dtype).removeprefix("torch.")
+    weight = WeightCut(fqn=role.weight.fqn, shape=full, dtype=dtype, cut_dim=cut_dim, blocks=blocks)
+    bias = None
+    if role.bias is not None:
+        cut_bias = cut_dim == 0
+        bias = WeightCut(
+            fqn=role.bias.fqn,
+            shape=full[:1],
+            dtype=dtype,
+            cut_dim=0 if cut_bias else None,
+            blocks=blocks if cut_bias else 1,
+        )
+    number = len(construction.built) - 1
+    name = f"{role.component}.{number}"
+    stretch = construction.stretch_of(role)
+    sharded = ShardedLayer(name, role.component, role.cut, weight, bias, group, layer, stretch)
+    LAYERS[name] = sharded
+    return sharded
+
+
+def _plain_weight(layer: Any) -> torch.Tensor | None:
+    """The shard, where a plain matmul can take it; None where only the layer's kernel can."""
+    if not isinstance(layer.quant_method, UnquantizedLinearMethod) or not layer.weight.numel():
+        return None  # quantised, or packed by vLLM's CPU kernels
+    weight: torch.Tensor = layer.weight
+    return weight
+
+
+class ShardedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
+    """o_proj or down: [..., in] -> [..., out] with the inputs of its weight cut."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        role = _build(self, RowParallelLinear, args, kwargs)
+        if role is None:
+            return
+        if not self.input_is_parallel:
+            raise DetectionError(f"{role.weight.fqn} splits its own input, which cannot be cut.")
+        tp = parallel_state.get_tp_group()
+        self._adds_bias = not self.skip_bias_add and tp.rank_in_group == 0
+        self._reduces = self.reduce_results and tp.world_size > 1
+        inputs = self.input_size_per_partition * role.group_size
+        self.fgtp = _describe(self, role, (self.output_size, inputs), cut_dim=1)
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        bias, weight = self.bias if self._adds_bias else None, _plain_weight(self)
+        if torch.compiler.is_compiling():
+            out = torch.ops.fgtp.linear(input_, weight, bias, self.fgtp.name, self.output_size)
+        elif self.fgtp.stretch is None:
+            out = whole_linear(self.fgtp, input_, weight, bias, self.output_size)
+        else:
+            check_arrived(input_, self.input_size_per_partition, self.fgtp.weight.fqn)
+            out = sum_of_cut(self.fgtp, input_, weight, bias)
+        if self._reduces:
+            out = tensor_model_parallel_all_reduce(out)
+        if not self.return_bias:
+            return out
+        return out, self.bias if self.skip_bias_add else None
+
+
+def _finish_column(layer: Any, role: Role, output_sizes: list[int]) -> None:
+    tp = parallel_state.get_tp_group()
+    if layer.gather_output and tp.world_size > 1:
+        raise DetectionError(f"{role.weight.fqn} gathers its output, which cannot be cut.")
+    if layer.skip_bias_add and layer.bias is not None:
+        raise DetectionError(f"{role.weight.fqn} hands its bias on, which cannot be cut.")
+    if len(set(output_sizes)) > 1:
+        raise DetectionError(f"{role.weight.fqn} joins parts of different widths {output_sizes}.")
+    outputs = layer.output_size_per_partition * role.group_size
+    layer.fgtp = _describe(
+        layer, role, (outputs, layer.input_size), cut_dim=0, blocks=len(output_sizes)
+    )
+
+
+def _column_forward(layer: Any, x: torch.Tensor) -> Any:
+    """The whole output where there is a graph; without one, in an FFN, this rank's features of
+    all tokens of the group.
+    """
+    sharded, weight = layer.fgtp, _plain_weight(layer)
+    features = sharded.weight.shape[0]
+    if torch.compiler.is_compiling():
+        out = torch.ops.fgtp.linear(x, weight, layer.bias, sharded.name, features)
+    elif sharded.stretch is None:
+        out = whole_linear(sharded, x, weight, layer.bias, features)
+    else:
+        everyone = sharded.stretch.gather(run, sharded.group, x)
+        out = sharded.on_shard(everyone, weight, layer.bias)
+    return (out, None) if layer.return_bias else out
+
+
+class ShardedColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """up: [..., in] -> [..., out] with the outputs of its weight cut."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        role = _build(self, ColumnParallelLinear, args, kwargs)
+        if role is not None:
+            _finish_column(self, role, [self.output_size])
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        return _column_forward(self, input_)
+
+
+class ShardedMergedColumnParallelLinear(MergedColumnParallelLinear):  # type: ignore[misc]
+    """gate and up in one: [..., in] -> [..., 2*out], each of the two cut by itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        role = _build(self, MergedColumnParallelLinear, args, kwargs)
+        if role is not None:
+            _finish_column(self, role, self.output_sizes)
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        return _column_forward(self, input_)
+
+
+def _finish_vocabulary(layer: Any, role: Role) -> None:
+    if role.component == "embedding" and not isinstance(
+        layer.quant_method, UnquantizedEmbeddingMethod
+    ):
+        raise DetectionError(
+            f"{role.weight.fqn} is a quantised table, which cannot be sharded. Leave embedding "
+            "out of finegrained_tp_config."
+        )
+    rows = layer.num_embeddings_per_partition * role.group_size
+    layer.fgtp = _describe(layer, role, (rows, layer.embedding_dim), cut_dim=0)
+
+
+class ShardedVocabParallelEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
+    """embedding: ids [...] -> [..., features] with the rows of its table cut."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        role = _build(self, VocabParallelEmbedding, args, kwargs)
+        if role is None:
+            return
+        _finish_vocabulary(self, role)
+        tp = parallel_state.get_tp_group()
+        self._first_row = tp.rank_in_group * self.fgtp.weight.shape[0]
+        self._reduces = tp.world_size > 1
+        self._outside = Calls(self.fgtp.group)
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        ids = input_.long()
+        if self._first_row:
+            ids = ids - self._first_row
+        out: torch.Tensor
+        if torch.compiler.is_compiling():
+            out = torch.ops.fgtp.embedding(ids, self.weight, self.fgtp.name)
+        elif is_forward_context_available():
+            out = whole_embedding(self.fgtp, ids, self.weight)
+        else:
+            out = self._look_up_outside(ids)
+        if self._reduces:
+            out = tensor_model_parallel_all_reduce(out)
+        return out
+
+    def _look_up_outside(self, ids: torch.Tensor) -> torch.Tensor:
+        """For a runner that embeds ids before it runs the model: [n], as many as this rank has."""
+        own, work = ids.shape[0], self._outside.work
+        rows = rows_for_all(own, work.lookups if work else None, "its embedding")
+        self._outside.count()
+        padded = torch.nn.functional.pad(ids, (0, rows - own))
+        whole: torch.Tensor = whole_embedding(self.fgtp, padded, self.weight)
+        return whole[:own]
+
+    def take_part(self) -> None:
+        """In what other ranks look up outside the graph in this step, once. Collective."""
+        work = self._outside.work
+        if work is not None and work.lookups and not self._outside.made:
+            self._look_up_outside(torch.zeros(0, dtype=torch.long, device=self.weight.device))
+
+
+class ShardedParallelLMHead(ParallelLMHead):  # type: ignore[misc]
+    """lm_head: holds the cut weight; `logits.ShardedLogitsProcessor` applies it."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        role = _build(self, ParallelLMHead, args, kwargs)
+        if role is not None:
+            _finish_vocabulary(self, role)
+
+
+LAYER_CLASSES: dict[str, type[nn.Module]] = {
+    "RowParallelLinear": ShardedRowParallelLinear,
+    "ColumnParallelLinear": ShardedColumnParallelLinear,
+    "MergedColumnParallelLinear": ShardedMergedColumnParallelLinear,
+    "VocabParallelEmbedding": ShardedVocabParallelEmbedding,
+    "ParallelLMHead": ShardedParallelLMHead,
+}
+
+
+def register(classes: dict[str, type[nn.Module]]) -> None:
+    """Put our classes in the place of vLLM's, once. Raises ConfigError if another plugin has."""
+    for name, cls in classes.items():
+        known = op_registry_oot.get(name)
+        if known is cls:
+            continue
+        if known is not None:
+            raise ConfigError(
+                f"another plugin has replaced vLLM's {name} by {known.__module__}."
+                f"{known.__qualname__}, and only one can. vllm-ascend shards such layers itself: "
+                'there, leave "fgtp" out of passes.'
+            )
+        PluggableLayer.register_oot(name=name)(cls)

@@ -1,0 +1,128 @@
+"""Building a model with born-sharded layers: plan, agree with the other ranks, build."""
+
+import logging
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any
+
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed.parallel_state import get_dp_group
+
+from fgtp_pass.agreement.control_group import all_ranks, reporting_failure
+from fgtp_pass.agreement.hosts import ranks_on_smallest_host
+from fgtp_pass.agreement.message import Intent
+from fgtp_pass.collectives.groups import DataParallelGroup, data_parallel_group
+from fgtp_pass.errors import FgtpError
+from fgtp_pass.options.auto_sizes import SizeChooser
+from fgtp_pass.plan.plan import Plan, format_bytes
+from fgtp_pass.versions import library_versions
+from fgtp_pass.vllm import host
+from fgtp_pass.vllm.born_sharded import LAYER_CLASSES, register
+from fgtp_pass.vllm.kept_plan import plan_or_kept
+from fgtp_pass.vllm.logits import Exchange, ShardedLogitsProcessor
+from fgtp_pass.vllm.meta_plan import Construction, Role, constructing
+from fgtp_pass.vllm.settings import check_engine, is_drafter, read_options, step_settings
+
+log = logging.getLogger("vllm.fgtp_pass")
+
+
+def build_model(
+    stock: Callable[..., nn.Module],
+    loader: Any,
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+    prefix: str,
+) -> nn.Module:
+    """What `BaseModelLoader.create_model` does, with planned layers born sharded.
+
+    A drafter stays whole but for what it takes from the model, its embedding or lm_head. The model
+    carries its `Plan` as `fgtp_plan`.
+    """
+    options = read_options(vllm_config.compilation_config, vllm_config.additional_config)
+    if options is None:
+        return stock(loader, vllm_config, model_config, prefix)
+    if is_drafter(model_config, vllm_config.speculative_config):
+        with constructing(Construction(drafts=True)):
+            return stock(loader, vllm_config, model_config, prefix)
+    host.check_host()
+    check_engine(vllm_config)
+    # the core's own messages go where vLLM's go, at its level
+    logging.getLogger("fgtp_pass").parent = logging.getLogger("vllm")
+    register({**LAYER_CLASSES, "LogitsProcessor": ShardedLogitsProcessor})
+    coordinator = get_dp_group()
+    group = data_parallel_group(
+        coordinator.device_group, timedelta(seconds=options.timeout_seconds)
+    )
+    control = all_ranks(group)
+    with reporting_failure(control):
+        chooser = SizeChooser(
+            options, group, control, ranks_on_smallest_host(group), coordinator.device
+        )
+        plan, roles = plan_or_kept(vllm_config, options, chooser, group.size)
+    control.require_equal(
+        {"plan": plan.fingerprint, "vllm": host.vllm_version()}
+        | step_settings(vllm_config)
+        | library_versions()
+    )
+    groups = {size: group.component_group(size) for size in sorted({*chooser.sizes.values()} - {1})}
+    construction = Construction(roles, groups)
+    with reporting_failure(control), constructing(construction):
+        model = stock(loader, vllm_config, model_config, prefix)
+        _check_real(model)
+        _check_places(model, roles.values())
+    control.exchange(Intent.SHARD, payload="built")
+    _give_head_to_logits(model, plan)
+    _report(plan, group, model)
+    model.fgtp_plan = plan  # type: ignore[assignment]
+    return model
+
+
+def _check_real(model: nn.Module) -> None:
+    """Raise FgtpError if the model shares a tensor with the one that was built for planning."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise FgtpError(
+                f"{name} has no data: vLLM keeps it in a table that fgtp_pass does not know of. "
+                'Please report this model; without "fgtp" in passes it runs unsharded.'
+            )
+
+
+def _check_places(model: nn.Module, roles: Iterable[Role]) -> None:
+    """Raise FgtpError if a layer was born in the place of another than the plan means."""
+    sharded = {f"{name}.weight" for name, m in model.named_modules() if hasattr(m, "fgtp")}
+    strayed = sorted({role.weight.fqn for role in roles} - sharded)
+    if strayed:
+        raise FgtpError(
+            f"{', '.join(strayed)} should be sharded, and vLLM built it in another order than when "
+            "it was planned. Please report this model."
+        )
+
+
+def _give_head_to_logits(model: nn.Module, plan: Plan) -> None:
+    """Tell the layer that `compute_logits` uses how to exchange rows."""
+    heads = {w.fqn for s in plan.sites if s.component == "lmhead" for w in s.weights}
+    for layer in model.modules():
+        sharded = getattr(layer, "fgtp", None)
+        if sharded is not None and sharded.weight.fqn in heads:
+            layer.fgtp_exchange = Exchange(sharded)  # type: ignore[assignment]
+
+
+def _report(plan: Plan, group: DataParallelGroup, model: nn.Module) -> None:
+    """One line per component group, from its first rank; the whole plan for who debugs."""
+    sizes = {site.component: site.group_size for site in plan.sites}
+    if not sizes:
+        log.info('fgtp: nothing is sharded: "auto" leaves every component off')
+        return
+    largest = max(sizes.values())
+    if group.rank % largest == 0:
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        log.info(
+            "fgtp: ranks %d to %d share %s; %s of weights per rank, %s freed",
+            group.rank,
+            group.rank + largest - 1,
+            ", ".join(f"{component} over {size}" for component, size in sizes.items()),
+            format_bytes(held),
+            format_bytes(plan.bytes_saved_per_rank),
+        )
+        log.debug("%s", plan)

@@ -1,0 +1,353 @@
+"""Which layers of a vLLM model are sharded: the core's detection on a meta-device trace.
+
+The very class that vLLM is about to build is built on the meta device, whole and unquantised, and
+one step of it is traced. So structure decides, and a layer is known by the order in which the
+model builds its layers, which is the same every time, never by its name.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import fx, nn
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from fgtp_pass import dynamo
+from fgtp_pass.algebra.placement import Cut
+from fgtp_pass.collectives.groups import ComponentGroup
+from fgtp_pass.detect.detect import detect
+from fgtp_pass.detect.match import Findings, LookupStage, Match, MatmulStage, Pattern, Refusal
+from fgtp_pass.errors import DetectionError, FgtpError
+from fgtp_pass.graph.dataflow import GraphView
+from fgtp_pass.options.auto_sizes import SizeChooser
+from fgtp_pass.options.options import Options
+from fgtp_pass.patterns import BUILTIN
+from fgtp_pass.plan.plan import Plan, WeightCut
+from fgtp_pass.plan.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
+from fgtp_pass.vllm.stretch import Stretch, takes_cut_features
+
+_TOKENS = 8  # any count that is no other size of the model; the trace is for all counts
+
+
+class Role(BaseModel):
+    """What the plan says about one layer: its component, and how its parameters are cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    component: str
+    group_size: int
+    cut: Cut
+    weight: WeightCut
+    bias: WeightCut | None
+    site: int
+    ups: int  # of an FFN that may run in one stretch without a graph; else 0
+
+
+@dataclass
+class Construction:
+    """Numbers the layers of a model in the order in which it builds them.
+
+    roles: what to do with each, and groups: with whom, by group size; both are empty while the
+    model is built for planning, and for a drafter (drafts), which stays whole.
+    """
+
+    roles: Mapping[int, Role] = field(default_factory=dict)
+    groups: Mapping[int, ComponentGroup] = field(default_factory=dict)
+    built: list[nn.Module] = field(default_factory=list)
+    drafts: bool = False
+    stretches: dict[int, Stretch] = field(default_factory=dict)
+
+    def role_of(self, layer: nn.Module) -> Role | None:
+        number = len(self.built)
+        self.built.append(layer)
+        return self.roles.get(number)
+
+    def stretch_of(self, role: Role) -> Stretch | None:
+        """That of the FFN that the layer of this role is in, one for all of its layers."""
+        return self.stretches.setdefault(role.site, Stretch(role.ups)) if role.ups else None
+
+
+_building: list[Construction] = []
+
+
+@contextmanager
+def constructing(construction: Construction) -> Iterator[None]:
+    """Every planned class of layer that is built within asks `construction` for its role."""
+    _building.append(construction)
+    try:
+        yield
+    finally:
+        _building.pop()
+
+
+def current_construction() -> Construction | None:
+    return _building[-1] if _building else None
+
+
+def plan_model(
+    config: VllmConfig,
+    options: Options,
+    chooser: SizeChooser,
+    data_parallel_size: int,
+) -> tuple[Plan, Mapping[int, Role]]:
+    """The plan of the model that `config` describes, and the role of each layer by its number.
+
+    Raises DetectionError where a component that was asked for has no site, tied weights were given
+    different sizes, or the model cannot be traced.
+    """
+    config = _planning_config(config)
+    construction = Construction()
+    try:
+        model, planned = _plan_on_meta(config, construction, chooser, data_parallel_size)
+    except FgtpError:
+        raise
+    except Exception as error:
+        names = ", ".join(config.model_config.architectures)
+        raise DetectionError(
+            f"{names} cannot be planned, since vLLM's model code cannot be traced without data: "
+            f'{type(error).__name__}: {str(error).strip().splitlines()[0]}. Without "fgtp" in '
+            "passes it runs unsharded."
+        ) from error
+    plan = planned.plan.model_copy(update={"chosen": tuple(chooser.chosen.values())})
+    check_requested(plan, options.sizes.requested, options.allow_missing)
+    return plan, _roles(planned, model, construction)
+
+
+def _plan_on_meta(
+    config: VllmConfig,
+    construction: Construction,
+    chooser: SizeChooser,
+    data_parallel_size: int,
+) -> tuple[nn.Module, PlannedGraph]:
+    """The model on the meta device, with its layers in `construction`, and what is planned."""
+    with ExitStack() as stack:
+        stack.enter_context(dynamo.no_function_modes())  # vLLM builds models within one
+        stack.enter_context(set_current_vllm_config(config))
+        stack.enter_context(mock.patch.object(parallel_state, "_TP", _OneRank()))
+        # vLLM shares rotary embeddings through this table; the real model must not get ours
+        stack.enter_context(mock.patch.dict(rotary_embedding._ROPE_DICT, clear=True))
+        with (
+            constructing(construction),
+            set_default_torch_dtype(config.model_config.dtype),
+            torch.device("meta"),
+        ):
+            model = initialize_model(vllm_config=config, model_config=config.model_config)
+        for layer in model.modules():
+            if hasattr(layer, "quant_method"):
+                layer.cpu_linear = F.linear  # what loading weights would have set on a CPU
+        stack.enter_context(mock.patch.object(MoERunner, "forward", _opaque_moe))
+        # token counts are given: vLLM would ask the other ranks, who may have a plan and not come
+        ranks = config.parallel_config.data_parallel_size
+        counts = torch.full((ranks,), _TOKENS, dtype=torch.int32, device="cpu")
+        stack.enter_context(
+            set_forward_context(None, config, num_tokens=_TOKENS, num_tokens_across_dp=counts)
+        )
+        return model, _trace(model, chooser, data_parallel_size)
+
+
+def _planning_config(config: VllmConfig) -> VllmConfig:
+    """A copy to trace with: nothing compiled, no fused kernels, logical unquantised weights."""
+    config = copy.deepcopy(config)
+    config.quant_config = None
+    config.compilation_config.mode = CompilationMode.NONE
+    config.compilation_config.custom_ops = ["none"]
+    config.compilation_config.static_forward_context = {}
+    config.parallel_config.enable_expert_parallel = False  # expert maps cannot be made without data
+    config.device_config.device = torch.device("meta")  # the Transformers backend asks for it
+    return config
+
+
+class _OneRank:
+    """Stands for the tensor-parallel group while planning: weights are planned whole."""
+
+    world_size = 1
+    rank_in_group = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("all_reduce", "all_gather", "gather", "reduce_scatter"):
+            return lambda x, *_args, **_kwargs: x
+        raise AttributeError(name)
+
+
+class _Step(nn.Module):
+    """One step of the model, its lm_head included, which vLLM runs outside the graph."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = self.model(ids, positions, None, None)
+        logits: torch.Tensor = self.model.compute_logits(hidden)  # type: ignore[operator]
+        return logits
+
+
+_library: Any = torch.library.Library("fgtp", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("moe(Tensor hidden_states, Tensor router_logits) -> Tensor")
+
+
+def _moe_shape(hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(hidden_states)
+
+
+torch.library.register_fake("fgtp::moe", _moe_shape, lib=_library)
+
+
+def _opaque_moe(
+    self: nn.Module, hidden_states: torch.Tensor, router_logits: torch.Tensor, *_rest: Any
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.fgtp.moe(hidden_states, router_logits)
+    return out
+
+
+def _rows_cut(pattern: Pattern) -> Pattern:
+    """o_proj with its inputs cut only: vLLM holds it in a RowParallelLinear."""
+
+    def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
+        for result in pattern.find(view, found):
+            if isinstance(result, Match):
+                stages = tuple(
+                    replace(stage, cuts=(Cut.IN,)) if isinstance(stage, MatmulStage) else stage
+                    for stage in result.stages
+                )
+                result = replace(result, stages=stages)
+            yield result
+
+    return replace(pattern, find=find)
+
+
+_PATTERNS = tuple(_rows_cut(p) if p.component == "oproj" else p for p in BUILTIN)
+
+
+class _TracedError(Exception):
+    """Ends the call that was only made to be traced."""
+
+
+def _trace(model: nn.Module, chooser: SizeChooser, data_parallel_size: int) -> PlannedGraph:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: list[PlannedGraph] = []
+
+    def backend(gm: fx.GraphModule, _examples: Sequence[Any]) -> Any:
+        def run(*inputs: Any) -> Any:
+            plain = [_as_plain_parameter(value) for value in inputs]
+            named = {
+                id(new): names[id(old)]
+                for new, old in zip(plain, inputs, strict=True)
+                if id(old) in names
+            }
+            detection = detect(gm.graph, plain, _PATTERNS, named)
+            chooser.see(detection)
+            found.append(plan_graph(detection, chooser.sizes, data_parallel_size))
+            raise _TracedError
+
+        return run
+
+    ids = torch.zeros(_TOKENS, dtype=torch.int32, device="meta")
+    positions = torch.zeros(_TOKENS, dtype=torch.int64, device="meta")
+    for tensor in (ids, positions):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    compiled = torch.compile(_Step(model), backend=backend, fullgraph=True)
+    with torch.no_grad(), dynamo.meta_constants():
+        try:
+            compiled(ids, positions)
+        except _TracedError:
+            return found[0]
+    raise AssertionError("the trace did not run")
+
+
+def _as_plain_parameter(value: Any) -> Any:
+    """vLLM's parameters are of classes that know how they are loaded, which planning does not."""
+    if not isinstance(value, nn.Parameter):
+        return value
+    return nn.Parameter(value.detach().as_subclass(torch.Tensor), requires_grad=False)
+
+
+def _roles(planned: PlannedGraph, model: nn.Module, construction: Construction) -> dict[int, Role]:
+    """The role of each layer that owns a parameter of a site, by the layer's number.
+
+    Raises DetectionError for a site that layers of vLLM cannot be born into.
+    """
+    numbers = {id(layer): number for number, layer in enumerate(construction.built)}
+    owners: dict[int, list[nn.Module]] = {}  # tied parameters have several
+    for layer in model.modules():
+        for parameter in layer.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(layer)
+    parameters = dict(model.named_parameters())
+    roles: dict[int, Role] = {}
+    for site_number, site in enumerate(planned.sites):
+        for role in _site_roles(site, site_number, _ups(site, model)):
+            for layer in owners[id(parameters[role.weight.fqn])]:
+                if id(layer) not in numbers:
+                    raise DetectionError(
+                        f"{role.weight.fqn} is a site of {role.component}, but vLLM holds it in a "
+                        f"{type(layer).__name__}, which cannot be sharded. Leave {role.component} "
+                        "out of finegrained_tp_config."
+                    )
+                roles.setdefault(numbers[id(layer)], role)
+    return roles
+
+
+def _ups(site: PlannedSite, model: nn.Module) -> int:
+    """How many projections of an FFN read its input, if it runs in one stretch without a graph."""
+    first = site.match.stages[0]
+    if not isinstance(first, MatmulStage) or first.region is None or first.region.shape_reads:
+        return 0
+    names = [
+        site.cuts[matmul.weight.placeholder].fqn.removesuffix(".weight")
+        for stage in site.match.stages
+        if isinstance(stage, MatmulStage)
+        for matmul in stage.matmuls
+        if matmul.weight is not None
+    ]
+    *ups, down = names
+    return len(ups) if takes_cut_features(model, ups, down, site.site.group_size) else 0
+
+
+def _site_roles(site: PlannedSite, number: int, ups: int) -> Iterator[Role]:
+    component = site.site.component
+    for stage, cut in zip(site.match.stages, site.path.cuts, strict=True):
+        if isinstance(stage, LookupStage):
+            cut_table = site.cuts[stage.lookup.weight.placeholder]
+            yield _role(site, cut, cut_table, None, number, ups)
+            continue
+        if stage.region is not None and stage.region.vectors:
+            raise DetectionError(
+                f"{component} has a parameter of its own between its matmuls, which vLLM would "
+                f"load whole. Leave {component} out of finegrained_tp_config."
+            )
+        for matmul in stage.matmuls:
+            assert matmul.weight is not None
+            weight = site.cuts[matmul.weight.placeholder]
+            bias = site.cuts[matmul.bias] if matmul.bias is not None else None
+            yield _role(site, cut, weight, bias, number, ups)
+
+
+def _role(
+    site: PlannedSite,
+    cut: Cut,
+    weight: WeightCut,
+    bias: WeightCut | None,
+    number: int,
+    ups: int,
+) -> Role:
+    return Role(
+        component=site.site.component,
+        group_size=site.site.group_size,
+        cut=cut,
+        weight=weight,
+        bias=bias,
+        site=number,
+        ups=ups,
+    )

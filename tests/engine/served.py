@@ -1,0 +1,32 @@
+"""Commands that the planner prints, read by `vllm serve`'s own parser; a process of its own."""
+
+import os
+import shlex
+
+
+def refusals(commands: dict[str, str], folders: dict[str, str]) -> dict[str, str]:
+    """What vLLM says against each command, by name, "" for nothing.
+
+    The engine configuration is built from it, as `vllm serve` does before it loads any weight.
+    folders: what stands for the models that the commands name.
+    """
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.plugins import load_general_plugins
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    load_general_plugins()
+    parser = make_arg_parser(FlexibleArgumentParser())
+    found = {}
+    for name, command in commands.items():
+        program, serve, model, *flags = shlex.split(command)
+        assert (program, serve) == ("vllm", "serve")
+        try:
+            given = parser.parse_args([folders[model], *flags, "--skip-tokenizer-init"])
+            given.model = given.model_tag  # as `vllm serve` does
+            AsyncEngineArgs.from_cli_args(given).create_engine_config()
+            found[name] = ""
+        except (Exception, SystemExit) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found

@@ -1,0 +1,66 @@
+"""A fixed part of what `make fuzz` does, and the smallest programs that once went wrong."""
+
+import pytest
+from fuzz.grammar import Case, Embedding, Ffn, Layer, Program
+from fuzz.search import Judge, WrongError, search
+from hypothesis.errors import UnsatisfiedAssumption
+from marks import full
+
+
+def _ffn(**fields: object) -> Program:
+    return Program(layers=(Layer(attention=None, ffn=Ffn(**fields)),))  # type: ignore[arg-type]
+
+
+FOUND = {
+    "gate reads a lossy copy": Case(_ffn(gate="separate", gate_reads="float8")),
+    "gate reads a rounded copy": Case(_ffn(gate="separate", gate_reads="int8")),
+    "divisor updated before down": Case(_ffn(operand="buffer", before_down="buffer")),
+    "running maximum before down": Case(_ffn(operand="element", before_down="running maximum")),
+    "tokens by a floor division": Case(
+        Program(layers=(Layer(tokens="every other"),)),
+        dynamic=True,
+        calls=(((2, 6),) * 3, ((2, 9),) * 3),
+    ),
+    "pooled tokens": Case(
+        Program(layers=(Layer(tokens="pool"),)), dynamic=True, calls=(((2, 7),) * 3,)
+    ),
+    "as many sequences as tokens": Case(dynamic=True, calls=(((5, 5),) * 3, ((3, 3),) * 3)),
+    "a batch of one on one rank": Case(
+        contract="ragged", calls=(((1, 4), (3, 4), (2, 4)), ((2, 5), (1, 5), (1, 1)))
+    ),
+    "an idle rank": Case(
+        Program(embedding=Embedding(positions="learned")),
+        ranks=3,
+        contract="ragged",
+        calls=(((1, 4), (3, 4), (2, 1)), (None, (2, 1), (1, 3))),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def judge():  # type: ignore[no-untyped-def]
+    judge = Judge()
+    yield judge
+    judge.close()
+
+
+def test_what_once_went_wrong(judge: Judge) -> None:
+    wrong = {}
+    for name, case in FOUND.items():
+        try:
+            judge(case)
+        except WrongError as error:
+            wrong[name] = str(error)
+        except UnsatisfiedAssumption:
+            wrong[name] = "it does not run without the pass"
+    assert not wrong
+    assert judge.seen.sites["embedding"] >= len(FOUND)
+
+
+@pytest.mark.parametrize(
+    ("number", "examples"), [(1, 25), pytest.param(2, 100, marks=full)], ids=["short", "long"]
+)
+def test_invented_decoders(judge: Judge, number: int, examples: int) -> None:
+    before = sum(judge.seen.sites.values())
+    assert search(judge, number, examples) == ""
+    assert sum(judge.seen.sites.values()) - before > examples, "hardly anything was cut"
