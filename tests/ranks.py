@@ -4,9 +4,11 @@ Ranks are kept and reused; a pool that timed out or lost a rank is thrown away. 
 transformers costs a rank seconds, so one process imports them and ranks are forked from it.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HANG = 1200.0  # seconds; what takes a minute alone, and ten on a busy machine, hangs by then
+AFTER_AN_ERROR = 240.0  # seconds in which the other ranks of a call must end, too
 # what ranks are forked from has imported these; none of them starts a thread
 PRELOADED = ["torch._dynamo", "transformers.models.auto.modeling_auto", "transformers.cache_utils"]
 
@@ -44,9 +47,11 @@ class RankTimeout(AssertionError):
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that is free, outside the range from which the kernel gives ports to connections."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", random.SystemRandom().randrange(10000, 32000)))
+            return int(s.getsockname()[1])
 
 
 def _serve(rank: int, world: int, store: str, pipe: Connection, dump: str) -> None:
@@ -135,7 +140,7 @@ class Pool:
     ) -> list[Outcome]:
         """Call on every rank; what happened on each, or on those that are awaited.
 
-        Raises RankTimeout after `timeout` seconds.
+        Raises RankTimeout after `timeout` seconds, or `AFTER_AN_ERROR` seconds after a rank raised.
         """
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
@@ -147,14 +152,18 @@ class Pool:
             if not ready:
                 stacks = self._stacks()
                 self.kill()
+                failed = [f"--- rank {i}: {o.trace or o.error}" for i, o in outcomes.items() if o.error]
                 raise RankTimeout(
-                    f"no end after {timeout:g} s on ranks {sorted(pending.values())}\n{stacks}"
+                    f"no end in time on ranks {sorted(pending.values())}\n{stacks}"
+                    + "\n".join(failed)
                 )
             for pipe in ready:
                 try:
                     outcomes[pending[pipe]] = pipe.recv()
                 except EOFError:
                     outcomes[pending[pipe]] = Outcome(error="RankDied", message="rank ended")
+                if outcomes[pending[pipe]].error:
+                    deadline = min(deadline, time.monotonic() + AFTER_AN_ERROR)
         return [outcomes[i] for i in ranks]
 
     def run(

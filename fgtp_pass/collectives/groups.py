@@ -1,5 +1,6 @@
 """Which ranks form a group: the data-parallel ranks, and the component groups within them."""
 
+import hashlib
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,17 +35,22 @@ class DataParallelGroup:
 
     process_group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the world. No tensor is
     ever sent over it. timeout: how long a rank waits for the others of its group before it gives
-    up. board: what these ranks write for each other. run_in_step: the sizes of the groups in which
-    ranks run something in step, whatever compiled model that is of.
+    up. board: what these ranks write for each other. tag: in the names of its groups, tells them from
+    those of another one of the same ranks. run_in_step: the sizes of the groups in which ranks run something in step, whatever
+    compiled model that is of.
     """
 
-    def __init__(self, process_group: Any, timeout: timedelta, board: Board | None = None):
+    def __init__(
+        self, process_group: Any, timeout: timedelta, board: Board | None = None, tag: str = ""
+    ):
         self.process_group = _process_group(process_group)
         self.ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(self.process_group))
         self.rank: int = dist.get_group_rank(self.process_group, dist.get_rank())
         self.timeout = timeout
         self.board = board or Board(self.process_group)
         self.run_in_step: set[int] = set()
+        whole = hashlib.sha1(f"{self.ranks} {timeout}".encode()).hexdigest()[:8]
+        self._name = f"{whole}{tag}"
         self._groups: dict[tuple[int, str], OwnGroup] = {}
 
     @property
@@ -121,7 +127,7 @@ class DataParallelGroup:
             ranks = self.ranks[first : first + size]
             self._groups[size, kind] = OwnGroup(
                 board=self.board,
-                name=f"fgtp_{kind}_{self.timeout.total_seconds():g}s_{'_'.join(map(str, ranks))}",
+                name=f"fgtp_{kind}_{self._name}_{'_'.join(map(str, ranks))}",
                 ranks=ranks,
                 first=first,
                 place=self.rank - first,
@@ -136,14 +142,18 @@ _known: list[DataParallelGroup] = []
 
 def data_parallel_group(process_group: Any, timeout: timedelta) -> DataParallelGroup:
     """The one DataParallelGroup of a process group, so that compiled models share its groups."""
-    _known[:] = [known for known in _known if known.is_alive]
+    for gone in [known for known in _known if not known.is_alive]:
+        gone.close(gone.size)
+        _known.remove(gone)
     wanted, board = _process_group(process_group), None
+    ranks = tuple(dist.get_process_group_ranks(wanted))
     for known in _known:
         if known.process_group is wanted:
             if known.timeout == timeout:
                 return known
             board = known.board
-    _known.append(DataParallelGroup(wanted, timeout, board))
+    alike = sum(known.ranks == ranks and known.timeout == timeout for known in _known)
+    _known.append(DataParallelGroup(wanted, timeout, board, f"_{alike}" if alike else ""))
     return _known[-1]
 
 

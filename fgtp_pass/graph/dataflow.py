@@ -122,8 +122,7 @@ class GraphView:
         found: set[fx.Node] = set()
         heights = {lookup.weight.in_features for lookup in self.token_tables}
         for matmul in self.matmuls:
-            width = value_of(matmul.node).shape[-1]
-            vocabulary = width in heights or width > value_of(matmul.input).shape[-1]
+            vocabulary = matmul.out_features in heights or matmul.out_features > matmul.in_features
             if Reach.CHOICE not in self.reach[matmul.node] or vocabulary:
                 continue
             part: ParamMatmul | None = matmul

@@ -63,6 +63,15 @@ class ParamMatmul:
     bias: fx.Node | None = None
     why_not: str = ""
 
+    @property
+    def in_features(self) -> int:
+        """By the weight where there is one: torch may write the result's width with symbols."""
+        return self.weight.in_features if self.weight else int(value_of(self.input).shape[-1])
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.out_features if self.weight else int(value_of(self.node).shape[-1])
+
 
 @dataclass(frozen=True, eq=False)
 class Lookup:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from checkpoints import CHECKPOINTS, Checkpoints, parts, prompts
+from random_checkpoints import CHECKPOINTS, Checkpoints, parts, prompts
 from engines import Answer, Engines, Job, merged
 from fork_server import RUNNERS, ForkServer
 from ranks import HANG

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from checkpoints import Checkpoints, prompts
+from random_checkpoints import Checkpoints, prompts
 from engines import Engines, Job, engine_arguments, generate, set_environment, shared
 from fork_server import ForkServer
 

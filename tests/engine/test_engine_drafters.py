@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CHECKPOINTS, Checkpoints, parts, prompts, write_tokenizer
+from random_checkpoints import CHECKPOINTS, Checkpoints, parts, prompts, write_tokenizer
 from drafters import write_eagle, write_eagle3, write_mtp
 from engines import Answer, Job, answer_of, merged, probe, sampling, shared
 from marks import full

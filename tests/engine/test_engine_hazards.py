@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from checkpoints import Checkpoints, prompts
+from random_checkpoints import Checkpoints, prompts
 from engines import Answer, Engines, Job, generate, merged, run_rank, shared
 from ranks import free_port
 from test_engine_tokens import assert_same

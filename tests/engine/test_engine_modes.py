@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CHECKPOINTS
+from random_checkpoints import CHECKPOINTS
 from engines import COMPONENTS, Answer, merged, shared
 from marks import full
 from test_engine_tokens import assert_same

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from checkpoints import Checkpoints, prompts
+from random_checkpoints import Checkpoints, prompts
 from engines import Answer, Job, generate, merged, shared
 from test_engine_tokens import assert_same
 from torch.utils._python_dispatch import TorchDispatchMode

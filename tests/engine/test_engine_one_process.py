@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from checkpoints import Checkpoints, prompts
+from random_checkpoints import Checkpoints, prompts
 from engines import (
     Answer,
     Engines,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import zoo
-from checkpoints import PLANNED, UNPLANNED, Checkpoint
+from random_checkpoints import PLANNED, UNPLANNED, Checkpoint
 from planning import Planned, plan_all
 from ranks import free_port
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Checkpoints, parts, prompts
+from random_checkpoints import Checkpoints, parts, prompts
 from engines import Job, merged, shared
 from marks import full
 from quantised import write_int4, write_int8

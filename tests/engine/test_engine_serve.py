@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Checkpoints, prompts
+from random_checkpoints import Checkpoints, prompts
 from engines import Answer, shared, tokens_of
 from fork_server import ForkServer
 from openai import OpenAI

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from checkpoints import CHECKPOINTS
+from random_checkpoints import CHECKPOINTS
 from engines import Answer, shared
 
 TIE = 1e-4  # of logprobs; fp32 sums in another order differ by less
