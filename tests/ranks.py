@@ -152,7 +152,9 @@ class Pool:
             if not ready:
                 stacks = self._stacks()
                 self.kill()
-                failed = [f"--- rank {i}: {o.trace or o.error}" for i, o in outcomes.items() if o.error]
+                failed = [
+                    f"--- rank {i}: {o.trace or o.error}" for i, o in outcomes.items() if o.error
+                ]
                 raise RankTimeout(
                     f"no end in time on ranks {sorted(pending.values())}\n{stacks}"
                     + "\n".join(failed)

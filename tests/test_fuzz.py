@@ -28,6 +28,12 @@ FOUND = {
     "a batch of one on one rank": Case(
         contract="ragged", calls=(((1, 4), (3, 4), (2, 4)), ((2, 5), (1, 5), (1, 1)))
     ),
+    "one token on one rank": Case(
+        Program(), contract="ragged", dynamic=True, calls=(((1, 1), (2, 6), (2, 6)),)
+    ),
+    "pooled pairs, one of them": Case(
+        Program(layers=(Layer(tokens="mean of pairs"),)), dynamic=True, calls=(((1, 2),) * 3,)
+    ),
     "an idle rank": Case(
         Program(embedding=Embedding(positions="learned")),
         ranks=3,

@@ -23,7 +23,11 @@ from fgtp_pass.plan.planner import PlannedGraph, Prices, plan_graph
 
 # blocks one after the other, beside each other, with norms on both sides, behind, and experts
 BLOCKS = ("llama", "phi", "cohere", "gemma2", "olmo2", "gpt2", "qwen2_moe")
-SHORT = {"phi": {}, "qwen2_moe": {}, "gemma2": {}}  # with fewer layers they would lose what is to be tried
+SHORT = {
+    "phi": {},
+    "qwen2_moe": {},
+    "gemma2": {},
+}  # with fewer layers they would lose what is to be tried
 
 
 def drawn_by(seed: int, taken: set[str]) -> Callable[..., Any]:

@@ -35,9 +35,9 @@ class DataParallelGroup:
 
     process_group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the world. No tensor is
     ever sent over it. timeout: how long a rank waits for the others of its group before it gives
-    up. board: what these ranks write for each other. tag: in the names of its groups, tells them from
-    those of another one of the same ranks. run_in_step: the sizes of the groups in which ranks run something in step, whatever
-    compiled model that is of.
+    up. board: what these ranks write for each other. tag: in the names of its groups, tells them
+    from those of another one of the same ranks. run_in_step: the sizes of the groups in which ranks
+    run something in step, whatever compiled model that is of.
     """
 
     def __init__(

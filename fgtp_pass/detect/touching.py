@@ -8,6 +8,7 @@ from torch import fx
 from fgtp_pass.detect.match import Match, MatmulStage
 from fgtp_pass.graph.dataflow import GraphView
 from fgtp_pass.graph.op_kinds import (
+    count_of,
     is_tensor,
     keeps_token_order,
     leading,
@@ -97,7 +98,7 @@ def _can_hand_over(first: Match | Beside, region: TokenRegion) -> bool:
     site = pair.first if pair is not None else first
     assert isinstance(site, Match)
     shaped = [site.source, *(n for n in (region.residual, pair and pair.residual) if n)]
-    known = {size for node in shaped for size in leading(node)}
+    known = {count_of([size]) for node in shaped for size in value_of(node).shape}
     known |= {site.tokens}
     wanted = {size for node in (*region.inner, region.result) for size in leading(node)}
     return all(isinstance(size, int) or size in known for size in wanted)

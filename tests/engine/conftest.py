@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from random_checkpoints import CHECKPOINTS, Checkpoints, parts, prompts
 from engines import Answer, Engines, Job, merged
 from fork_server import RUNNERS, ForkServer
+from random_checkpoints import CHECKPOINTS, Checkpoints, parts, prompts
 from ranks import HANG
 
 

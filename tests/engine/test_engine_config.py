@@ -8,9 +8,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from random_checkpoints import Checkpoints, prompts
 from engines import Engines, Job, engine_arguments, generate, set_environment, shared
 from fork_server import ForkServer
+from random_checkpoints import Checkpoints, prompts
 
 SIZES = {"oproj_tensor_parallel_size": 2}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_checkpoints import CHECKPOINTS, Checkpoints, parts, prompts, write_tokenizer
 from drafters import write_eagle, write_eagle3, write_mtp
 from engines import Answer, Job, answer_of, merged, probe, sampling, shared
 from marks import full
+from random_checkpoints import CHECKPOINTS, Checkpoints, parts, prompts, write_tokenizer
 from test_engine_tokens import assert_same
 
 One = Callable[..., Answer]

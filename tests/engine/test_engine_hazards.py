@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from random_checkpoints import Checkpoints, prompts
 from engines import Answer, Engines, Job, generate, merged, run_rank, shared
+from random_checkpoints import Checkpoints, prompts
 from ranks import free_port
 from test_engine_tokens import assert_same
 

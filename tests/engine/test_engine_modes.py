@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_checkpoints import CHECKPOINTS
 from engines import COMPONENTS, Answer, merged, shared
 from marks import full
+from random_checkpoints import CHECKPOINTS
 from test_engine_tokens import assert_same
 
 Run = Callable[..., list[Answer]]

@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from random_checkpoints import Checkpoints, prompts
 from engines import Answer, Job, generate, merged, shared
+from random_checkpoints import Checkpoints, prompts
 from test_engine_tokens import assert_same
 from torch.utils._python_dispatch import TorchDispatchMode
 

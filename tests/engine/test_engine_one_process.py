@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from random_checkpoints import Checkpoints, prompts
 from engines import (
     Answer,
     Engines,
@@ -21,6 +20,7 @@ from engines import (
     set_environment,
     shared,
 )
+from random_checkpoints import Checkpoints, prompts
 from test_engine_tokens import assert_same
 
 TWO_RANKS = {"data_parallel_size": 2}

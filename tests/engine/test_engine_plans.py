@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import zoo
-from random_checkpoints import PLANNED, UNPLANNED, Checkpoint
 from planning import Planned, plan_all
+from random_checkpoints import PLANNED, UNPLANNED, Checkpoint
 from ranks import free_port
 
 

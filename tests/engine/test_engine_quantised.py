@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from random_checkpoints import Checkpoints, parts, prompts
 from engines import Job, merged, shared
 from marks import full
 from quantised import write_int4, write_int8
+from random_checkpoints import Checkpoints, parts, prompts
 from test_engine_tokens import assert_same
 
 

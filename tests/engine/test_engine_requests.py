@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_checkpoints import Checkpoints, parts, prompts, write_tokenizer
 from engines import Answer, Job, answer_of, merged, probe, sampling, shared
+from random_checkpoints import Checkpoints, parts, prompts, write_tokenizer
 from test_engine_tokens import TIE, assert_same
 
 One = Callable[..., Answer]

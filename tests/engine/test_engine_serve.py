@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_checkpoints import Checkpoints, prompts
 from engines import Answer, shared, tokens_of
 from fork_server import ForkServer
 from openai import OpenAI
+from random_checkpoints import Checkpoints, prompts
 from servers import serving
 from test_engine_tokens import TIE
 

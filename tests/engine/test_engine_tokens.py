@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import pytest
-from random_checkpoints import CHECKPOINTS
 from engines import Answer, shared
+from random_checkpoints import CHECKPOINTS
 
 TIE = 1e-4  # of logprobs; fp32 sums in another order differ by less
 
