@@ -34,6 +34,12 @@ FOUND = {
     "pooled pairs, one of them": Case(
         Program(layers=(Layer(tokens="mean of pairs"),)), dynamic=True, calls=(((1, 2),) * 3,)
     ),
+    "a buffer of one number changes": Case(
+        Program(embedding=Embedding(write="buffer"), layers=(Layer(),)),
+        ranks=2,
+        dynamic=True,
+        calls=(((2, 6),) * 3, ((1, 1), None, None)),
+    ),
     "an idle rank": Case(
         Program(embedding=Embedding(positions="learned")),
         ranks=3,

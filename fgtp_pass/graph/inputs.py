@@ -53,7 +53,7 @@ def numbers_of_the_model(graph: fx.Graph, example_inputs: Sequence[object]) -> d
     found: dict[fx.Node, str] = {}
     for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         source = getattr(node, "_dynamo_source", None)
-        if source is None or not _OF_THE_MODEL.match(source.name):
+        if source is None or not _OF_THE_MODEL.match(source.name) or fqn_of_source(source.name)[1]:
             continue
         if type(value) is torch.Tensor and value.dim() == 0 and not value.is_meta:
             found[node] = f"{source.name} = {value.item()}"
