@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help demo demo-vllm quick test test-all test-versions fuzz check-gpu lint snapshots benchmarks clean
+.PHONY: help demo demo-vllm quick test test-all test-versions fuzz soak check-gpu lint snapshots benchmarks clean
 
 help:
 	@echo "make demo        decode on two ranks, unsharded and sharded (1 min)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-all    every architecture in every mode (45 min)"
 	@echo "make test-versions  the tests with each supported torch, Python and transformers (hours)"
 	@echo "make fuzz        invents decoders and compares; make SECONDS=600 fuzz (30 min)"
+	@echo "make soak        random traffic against vllm serve on two ranks; make SECONDS=600 soak (30 min)"
 	@echo "make check-gpu   NCCL, CUDA graphs and real sizes on one CUDA device (10 min)"
 	@echo "make lint        ruff and mypy"
 	@echo "make snapshots   rewrite the pinned graphs in tests/snapshots and tests/patterns"
@@ -68,6 +69,9 @@ test-versions:
 SECONDS ?= 1800
 fuzz: $(INSTALLED)
 	@PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS)
+
+soak: $(WITH_VLLM)
+	@FGTP_SOAK_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/engine/test_engine_soak.py
 
 check-gpu: $(INSTALLED)
 	@$(BIN)/python tools/check_gpu.py

@@ -20,7 +20,7 @@ from fgtp_pass.options.options import parse_options
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan.sizes import parse_sizes
 from fgtp_pass.versions import check_torch
-from fgtp_pass.vllm import host
+from fgtp_pass.vllm import check, host
 
 pytestmark = quick
 
@@ -175,8 +175,23 @@ def test_a_torch_newer_than_was_tested_is_a_warning(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.31.1", "0.34.0"])
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(host, "vllm_version", lambda: version)
-    with pytest.raises(FgtpError, match=f"supports vLLM .* and this is vLLM {version}"):
+    with pytest.raises(FgtpError, match=f"supports vLLM .* and this is vLLM {version}.*check"):
         host.check_host()
+
+
+def test_another_vllm_may_be_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By name and by parameters; here none of vLLM's names is there."""
+    monkeypatch.setattr(host, "vllm_version", lambda: "0.34.0")
+    monkeypatch.setattr(host, "_NEEDED", {"json.nothing": (), "json.loads": ("text",)})
+    monkeypatch.setenv(host.ALLOW_UNKNOWN, "1")
+    with pytest.raises(FgtpError, match=r"vLLM 0\.34\.0 has no json\.nothing, which the pass"):
+        host.check_host()
+    assert check.main() == 1
+    said = capsys.readouterr().out
+    assert "differs: vLLM 0.34.0 has no json.nothing" in said
+    assert "differs: json.loads of vLLM 0.34.0 takes no text" in said
 
 
 @pytest.mark.parametrize("component", ["mlp"])

@@ -11,12 +11,15 @@
     graph_pass    the pass: marker ops -> the core's rewrite -> sharded matmuls and collectives
     fused_norms   add and norm in one op, taken apart where sites share a stretch across it
     logits        lm_head, which vLLM runs outside the graph
-    worker        the worker process, in which idle ranks take part
-    requests      requests that are refused
+    work          what each rank does outside the graph, told to the others in vLLM's own message
+    taking_part   where idle ranks take part in it
+    stretch       an FFN without a graph
+    worker        the worker process, in which they do
     failure       what a rank says when another has failed
     lockstep      what keeps the data-parallel ranks in step
     offline       the client of `LLM(data_parallel_size=N)`, which feeds every rank
     host          every private name of vLLM that is used, checked when it is loaded
+    check         `python -m fgtp_pass.vllm.check`: whether the pass works in this vLLM
 
 Nothing else in fgtp_pass knows vLLM.
 

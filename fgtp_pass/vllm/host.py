@@ -7,12 +7,14 @@ adapter is first needed, so that another version of vLLM fails with a sentence, 
 
 import importlib
 import inspect
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fgtp_pass.errors import FgtpError
 
 SUPPORTED = ("0.32", "0.33")
+ALLOW_UNKNOWN = "FGTP_UNKNOWN_VLLM"  # "1" in the environment: a version that is not known may run
 
 STANDALONE_DRAFTER = (
     "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator.StandaloneARSpeculator"
@@ -101,28 +103,40 @@ def resolve(dotted: str) -> Any:
     raise AttributeError(dotted)
 
 
+def is_known(found: str) -> bool:
+    return found.startswith(SUPPORTED)
+
+
 def check_host() -> None:
     """Raise FgtpError if this vLLM is not one that the adapter knows, naming what is different."""
     found = vllm_version()
     supported = " and ".join(f"{number}.x" for number in SUPPORTED)
-    if not found.startswith(SUPPORTED):
-        raise FgtpError(f'the pass "fgtp" supports vLLM {supported}, and this is vLLM {found}.')
+    if not is_known(found) and os.environ.get(ALLOW_UNKNOWN) != "1":
+        raise FgtpError(
+            f'the pass "fgtp" supports vLLM {supported}, and this is vLLM {found}. '
+            "`python -m fgtp_pass.vllm.check` tells whether it works there all the same; if so, "
+            f"set {ALLOW_UNKNOWN}=1."
+        )
+    for different in differences():
+        raise FgtpError(
+            f'{different}, which the pass "fgtp" needs. It supports vLLM {supported} as published.'
+        )
+
+
+def differences() -> list[str]:
+    """What this vLLM lacks of the names and parameters that are used, a clause for each."""
+    found, different = vllm_version(), []
     for dotted, parameters in _NEEDED.items():
         try:
             target = resolve(dotted)
         except AttributeError:
-            raise FgtpError(
-                f'vLLM {found} has no {dotted}, which the pass "fgtp" needs. It supports vLLM '
-                f"{supported} as published."
-            ) from None
-        if parameters:
-            has = inspect.signature(target).parameters
-            missing = [name for name in parameters if name not in has]
-            if missing:
-                raise FgtpError(
-                    f'{dotted} of vLLM {found} takes no {", ".join(missing)}; the pass "fgtp" '
-                    f"supports vLLM {supported} as published."
-                )
+            different.append(f"vLLM {found} has no {dotted}")
+            continue
+        has = inspect.signature(target).parameters if parameters else {}
+        missing = [name for name in parameters if name not in has]
+        if missing:
+            different.append(f"{dotted} of vLLM {found} takes no {', '.join(missing)}")
+    return different
 
 
 def prompt_chunk() -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +24,7 @@ from engines import (
     shared,
 )
 from random_checkpoints import Checkpoints, prompts
+from ranks import HANG
 from test_engine_tokens import assert_same
 
 TWO_RANKS = {"data_parallel_size": 2}
@@ -145,3 +149,16 @@ def test_async_llm(
     (got,) = engines(1).run(_asynchronous, job)
     assert_same(unsharded("llama", {"prompts": prompts(MANY)}), [got])
     assert got.found[0]["saved"] > 0
+
+
+def test_the_check_of_an_unknown_version() -> None:
+    """`python -m fgtp_pass.vllm.check` serves the same tokens with the pass and without."""
+    environment = os.environ | {"VLLM_CPU_CI_ENV": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fgtp_pass.vllm.check"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=HANG, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    names, tokens = [line for line in done.stdout.splitlines() if line.startswith("ok:")]
+    assert "every private name" in names
+    assert "two ranks planned, sharded and served" in tokens
