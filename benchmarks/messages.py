@@ -74,11 +74,11 @@ def build(name: str, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def rank_main(dtype: str, counts: list[int]) -> list[list[Any]]:
+def rank_main(models: list[str], dtype: str, counts: list[int]) -> list[list[Any]]:
     """On every rank: model, components, tokens, messages and bytes as planned and as counted."""
     rows = []
     world = dist.get_world_size()
-    for name in MODELS:
+    for name in models:
         for chosen in (COMPONENTS, COMPONENTS[:2], COMPONENTS[2:3], COMPONENTS[3:]):
             torch._dynamo.reset()
             model = build(name, getattr(torch, dtype))
@@ -105,11 +105,13 @@ def rank_main(dtype: str, counts: list[int]) -> list[list[Any]]:
 
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     arguments.add_argument("--world", type=int, default=2)
     arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments.add_argument("--tokens", type=integers, default=[1, 8])
     given = arguments.parse_args()
-    rows, *others = run_ranks(given.world, rank_main, given.dtype, given.tokens, pinned=False)
+    asked = (given.models, given.dtype, given.tokens)
+    rows, *others = run_ranks(given.world, rank_main, *asked, pinned=False)
     assert all(rows == other for other in others), "ranks differ"
     # features that the ranks do not divide are padded
     wrong = [row for row in rows if row[3] != row[4] or not row[5] <= row[6] <= 1.01 * row[5]]

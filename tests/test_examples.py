@@ -119,8 +119,13 @@ def test_a_rank_that_fails_stops_all(tmp_path: Path, how: str, timeout: str, say
         assert "out of luck" in done.stderr
 
 
-@pytest.mark.parametrize("world", ["2", pytest.param("3", marks=full)])
-def test_messages_and_bytes_are_as_planned(world: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "models"),
+    [("2", ("llama", "gemma2", "gpt2")), pytest.param("3", ("phi",), marks=full)],
+)
+def test_messages_and_bytes_are_as_planned(world: str, models: tuple[str, ...]) -> None:
     """Counted on every rank while a step runs; the command fails if a row is not as planned."""
-    out = output_of("../benchmarks/messages.py", "--tokens", "3", "--world", world)
+    out = output_of(
+        "../benchmarks/messages.py", "--tokens", "3", "--world", world, "--models", *models
+    )
     assert "embedding, lmhead, oproj, mlp" in out

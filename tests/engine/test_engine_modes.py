@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import COMPONENTS, Answer, merged, shared
+from engines import Answer, merged, shared
 from marks import full
 from random_checkpoints import CHECKPOINTS
 from test_engine_tokens import assert_same
@@ -69,7 +69,7 @@ def test_enforce_eager(unsharded: One, sharded: Run) -> None:
 
 
 @full
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", ["mlp", "lmhead"])  # within the graph, and after it
 def test_one_component(unsharded: One, sharded: Run, component: str) -> None:
     got = sharded("llama", shared(component))
     assert_same(unsharded("llama"), got)
@@ -102,8 +102,8 @@ def test_four_ranks_with_mixed_sizes(unsharded: One, sharded: Run) -> None:
 
 
 @full
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_beside_tensor_parallelism(unsharded: One, sharded: Run, name: str) -> None:
+def test_beside_tensor_parallelism(unsharded: One, sharded: Run) -> None:
+    name = "qwen3"  # tied, with norms of q and k
     options = merged(shared(), {"tensor_parallel_size": 2}, CHECKPOINTS[name].options)
     got = sharded(name, options, processes="fork")
     assert_same(unsharded(name), got)
