@@ -1,7 +1,5 @@
 """Detection and numbers on models made to deceive; see tests/adversaries."""
 
-import logging
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -120,7 +118,6 @@ def test_numerics_of_odd_models(ranks: Pools, name: str, component: str) -> None
 
 def _compare(name: str) -> tuple[float, set[str]]:
     """In a rank: the largest error of the sharded model, and the components of its sites."""
-    logging.disable(logging.WARNING)
     case = CASES[name]
     first, *rest = case.args()
     inputs = (first.roll(dist.get_rank(), -1), *rest)  # other tokens on every rank

@@ -83,9 +83,10 @@ class Soak:
         with ThreadPoolExecutor(CLIENTS) as pool:
             clients = [pool.submit(self._client, number) for number in range(CLIENTS)]
             sampler.start()
-            source = random.Random(self._seed)
+            source, order = random.Random(self._seed), list[str]()
             while (left := deadline - time.monotonic()) > 0:
-                name = source.choice(list(PHASES))
+                order = order or source.sample(sorted(PHASES), len(PHASES))
+                name = order.pop()
                 self._asking, self._rest = PHASES[name]
                 self.result.phases[name] += 1
                 self._over.wait(min(left, source.uniform(*_PHASE_SECONDS)))
