@@ -106,7 +106,8 @@ def read_in_shards(shape: dict[str, int], folder: str, world: int) -> dict[str, 
             kwargs={"input_ids": torch.ones(4, 1, dtype=torch.long), "use_cache": False},
             options={"finegrained_tp_config": sizes, "inner_backend": "eager"},
         )
-    parts = fgtp_pass.shard_state_dict(model)
+    after = resident()
+    parts = fgtp_pass.shard_state_dict(model)  # of packed shards copies
     keeps = {name: part.nbytes for name, part in parts.items()}
     return {
         "model": sum(math.prod(p.shape) * p.dtype.itemsize for p in model.parameters()),
@@ -114,7 +115,7 @@ def read_in_shards(shape: dict[str, int], folder: str, world: int) -> dict[str, 
         "largest": max(keeps.values()),
         "read": checkpoints[0].count.bytes,
         "seconds": seconds[0],
-        "resident": resident() - before,
+        "resident": after - before,
         "peak": watch.peak - before,
     }
 
@@ -127,8 +128,11 @@ def rank_main(world: int, folder: str, toy: str, repetitions: int) -> dict[str, 
         _together(folder)
         loads.append(read_in_shards(SHAPE, folder, world))
         _together(folder)
-        keeps = loads[-1]["read"]
-        plain.append(read_plainly(folder, dist.get_rank() * keeps, keeps))
+        length = loads[-1]["read"]
+        # as many bytes, and together all of the files
+        last = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) - length
+        start = dist.get_rank() * last // (dist.get_world_size() - 1)
+        plain.append(read_plainly(folder, start, length))
     median = statistics.median(one["seconds"] for one in loads)
     last = loads[0] | {"seconds": median, "plain_seconds": statistics.median(plain)}
     return last | {"all_seconds": [one["seconds"] for one in loads], "all_plain": plain}
