@@ -14,7 +14,7 @@ from fgtp_pass.errors import FgtpError
 from fgtp_pass.vllm import PASS, host
 
 _COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 256,
     "intermediate_size": 512,
