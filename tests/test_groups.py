@@ -1,5 +1,6 @@
 """Component groups: consecutive ranks, several sizes, and data parallel x tensor parallel."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import zoo
 from decoding import prompts, relative_errors, sizes
-from ranks import Pools
+from ranks import Pool, Pools
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -162,3 +163,39 @@ def _data_parallel_by_tensor_parallel(as_mesh: bool) -> None:
 @pytest.mark.parametrize("as_mesh", [True, False])
 def test_composes_with_the_models_own_tensor_parallelism(ranks: Pools, as_mesh: bool) -> None:
     ranks(4).run(_data_parallel_by_tensor_parallel, as_mesh)
+
+
+@torch.no_grad()
+def _destroyed_and_made_again(folder: str) -> None:
+    """A model on a group that is destroyed, then one on a new group of the same ranks."""
+
+    def step(group: Any) -> None:
+        model, ids = zoo.build("llama"), prompts(dist.get_rank(), 2, 4, 160)
+        want = model(input_ids=ids).logits
+        options = {
+            "finegrained_tp_config": sizes(2),
+            "inner_backend": "eager",
+            "process_group": group,
+        }
+        fast = torch.compile(model, backend=fgtp_backend, options=options)
+        assert relative_errors(fast(input_ids=ids).logits, want)[0] < 1e-5
+
+    for _ in range(2):
+        group = dist.new_group([0, 1])
+        step(group)
+        dist.destroy_process_group(group)
+    step(None)
+    rank = dist.get_rank()
+    dist.barrier()
+    dist.destroy_process_group()
+    store = f"file://{folder}/again"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    step(None)
+
+
+def test_groups_that_are_destroyed_and_made_again(tmp_path: Path) -> None:
+    pool = Pool(2)
+    try:
+        pool.run(_destroyed_and_made_again, str(tmp_path))
+    finally:
+        pool.close()

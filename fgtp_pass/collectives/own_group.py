@@ -68,7 +68,7 @@ class OwnGroup:
         if group is None:
             return
         group.abort()
-        if dist.is_initialized():
+        if group in distributed_c10d._world.pg_map:  # else it went with the default group
             dist.destroy_process_group(group)
 
     def _meet(self) -> str:
