@@ -47,3 +47,9 @@ class ShardedWeightError(FgtpError):
 
 class InferenceOnlyError(FgtpError):
     """The model was compiled with gradients enabled."""
+
+
+def first_line(error: BaseException) -> str:
+    """The class of an error and the first line of what it says; a bare assert says nothing."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

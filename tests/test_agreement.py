@@ -1,5 +1,6 @@
 """Ranks that disagree, or of which one fails, all end with that rank's reason."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 import fgtp_pass
 from fgtp_pass import fgtp_backend
+from fgtp_pass.collectives.board import Board, BoardLostError
+from fgtp_pass.errors import first_line
 
 
 @torch.no_grad()
@@ -222,3 +225,49 @@ def test_a_rank_that_dies(ranks: Pools) -> None:
     assert first.error == "AgreementError"
     assert "rank 1 ended and does not answer" in first.message
     ranks(2).kill()
+
+
+class _StoreOfPython(dist.Store):  # type: ignore[misc]
+    """A store that is no connection, and so has no `clone`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes) -> None:
+        self.values[key] = value
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+
+class _GroupWith:
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def get_group_store(self) -> Any:
+        return self.store
+
+
+def test_a_board_on_a_store_without_connections() -> None:
+    board = Board(_GroupWith(_StoreOfPython()))  # type: ignore[arg-type]
+    board.write("key", (1, "two"))
+    assert board.read(["key", "other"]) == {"key": (1, "two")}
+
+
+def test_a_board_on_a_store_that_is_gone_says_so() -> None:
+    second = timedelta(seconds=1)
+    keeper = dist.TCPStore("127.0.0.1", 0, None, True, second, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", keeper.port, None, False, second)
+    Board(_GroupWith(store))  # type: ignore[arg-type]
+    del keeper
+    with pytest.raises(BoardLostError, match="does not answer"):
+        Board(_GroupWith(store))  # type: ignore[arg-type]
+
+
+def test_an_error_without_text_is_named_by_its_class() -> None:
+    assert first_line(AssertionError()) == "AssertionError"
+    assert first_line(ValueError("one\ntwo")) == "ValueError: one"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from fgtp_pass.collectives.board import Board, BoardLostError
 from fgtp_pass.collectives.waits import listed
+from fgtp_pass.errors import first_line
 
 _ANSWER_SECONDS = 4.0  # for ranks that fail at the same time, but not in the same instant
 
@@ -69,8 +70,3 @@ def _kind(error: BaseException) -> str:
     if isinstance(error, dist.DistError) or any(mark in text for mark in marks):
         return _CUT
     return _OWN
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fgtp_pass.errors import first_line
+
 _PrefixStore: Any = dist.PrefixStore  # type: ignore[attr-defined]
 
 _ANSWER_SECONDS = 5.0  # how long the store may take for one call
@@ -38,8 +40,10 @@ class Board:
         shared: Any = process_group.get_group_store()
         try:
             own = shared.clone()  # a connection of its own: others may wait in theirs
-        except (NotImplementedError, RuntimeError):
-            own = shared  # a store without connections
+        except dist.DistError as error:
+            raise BoardLostError(first_line(error)) from error
+        except RuntimeError:  # what torch raises for a store that has no such method
+            own = shared
         self._shared = shared
         self.seen: dict[str, Any] = {}
         self._store: Any = _PrefixStore("fgtp", own)
@@ -109,5 +113,5 @@ def _in_bounded_time(work: Callable[[], Any]) -> Any:
     except queue.Empty:
         raise BoardLostError(f"no answer in {_ANSWER_SECONDS:g} s") from None
     if error is not None:
-        raise BoardLostError(str(error).splitlines()[0] if str(error) else repr(error)) from error
+        raise BoardLostError(first_line(error)) from error
     return value

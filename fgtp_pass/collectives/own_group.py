@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 
 from fgtp_pass.collectives.board import Board, BoardLostError
 from fgtp_pass.collectives.waits import Notice, absent, listed
-from fgtp_pass.errors import AgreementError
+from fgtp_pass.errors import AgreementError, first_line
 
 
 class OwnGroup:
@@ -109,7 +109,7 @@ class OwnGroup:
         except RuntimeError as error:
             others = listed(r for r in range(self.first, self.first + len(self.ranks)))
             raise AgreementError(
-                f"{others} came to connect, but not all stayed: {str(error).splitlines()[0]}",
+                f"{others} came to connect, but not all stayed: {first_line(error)}",
                 away=True,
             ) from error
         distributed_c10d._world.pg_group_ranks[group] = dict(

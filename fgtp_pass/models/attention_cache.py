@@ -17,8 +17,8 @@ from transformers import DynamicCache
 
 from fgtp_pass import dynamo
 from fgtp_pass.cost.model_summary import AttentionKind
+from fgtp_pass.errors import first_line
 from fgtp_pass.models.layer_stack import LayerStack
-from fgtp_pass.models.meta_model import first_line
 
 # What grows with tokens is kept per token. Caches that keep one entry for several tokens (4 and 128
 # in DeepSeek-V4) have whole ones at both lengths.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fgtp_pass.errors import ConfigError
+from fgtp_pass.errors import ConfigError, first_line
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -30,9 +30,3 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(f"transformers cannot build this config: {first_line(error)}") from None
     dtype = str(getattr(parsed, "dtype", None) or "bfloat16").removeprefix("torch.")
     return model.to(getattr(torch, dtype)).eval().requires_grad_(False)
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says first."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"

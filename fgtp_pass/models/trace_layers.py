@@ -12,11 +12,11 @@ from fgtp_pass import dynamo
 from fgtp_pass.cost.model_summary import ComponentKey, ModelSummary
 from fgtp_pass.dry_run.make_plan import make_plan
 from fgtp_pass.dry_run.trace import trace
-from fgtp_pass.errors import ConfigError, FgtpError
+from fgtp_pass.errors import ConfigError, FgtpError, first_line
 from fgtp_pass.models.attention_cache import attention_kinds
 from fgtp_pass.models.declared import declared_cache_dtype, declared_scheme
 from fgtp_pass.models.layer_stack import expand, find_layers
-from fgtp_pass.models.meta_model import build, first_line
+from fgtp_pass.models.meta_model import build
 from fgtp_pass.models.model_weights import draft_layers, other_weights
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan.plan import Plan, merge

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from fgtp_pass.errors import AgreementError
+from fgtp_pass.errors import AgreementError, first_line
 
 _ANSWER_SECONDS = 5.0
 
@@ -24,7 +24,7 @@ def naming_the_cause(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         rank, world = dist.get_rank(), dist.get_world_size()
-        mine = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        mine = first_line(error)
         answers = _exchange(rank, world, mine)
         said = "; ".join(
             f"rank {other} said: {answers[other]}"

@@ -29,7 +29,7 @@ from fgtp_pass.algebra.placement import Cut
 from fgtp_pass.collectives.groups import ComponentGroup
 from fgtp_pass.detect.detect import detect
 from fgtp_pass.detect.match import Findings, LookupStage, Match, MatmulStage, Pattern, Refusal
-from fgtp_pass.errors import DetectionError, FgtpError
+from fgtp_pass.errors import DetectionError, FgtpError, first_line
 from fgtp_pass.graph.dataflow import GraphView
 from fgtp_pass.options.auto_sizes import SizeChooser
 from fgtp_pass.options.options import Options
@@ -117,8 +117,7 @@ def plan_model(
         names = ", ".join(config.model_config.architectures)
         raise DetectionError(
             f"{names} cannot be planned, since vLLM's model code cannot be traced without data: "
-            f'{type(error).__name__}: {str(error).strip().splitlines()[0]}. Without "fgtp" in '
-            "passes it runs unsharded."
+            f'{first_line(error)}. Without "fgtp" in passes it runs unsharded.'
         ) from error
     plan = planned.plan.model_copy(update={"chosen": tuple(chooser.chosen.values())})
     check_requested(plan, options.sizes.requested, options.allow_missing)

