@@ -1,6 +1,7 @@
 """What the author of a pattern works with, from one place: see docs/patterns.md."""
 
 from fgtp_pass.algebra.placement import Cut
+from fgtp_pass.detect.feed_forward import FeedForward, feed_forwards
 from fgtp_pass.detect.match import (
     Findings,
     LookupStage,
@@ -20,6 +21,7 @@ from fgtp_pass.graph.region import NoRegion, Region, find_region
 __all__ = [
     "Cut",
     "Facts",
+    "FeedForward",
     "Findings",
     "GraphView",
     "Lookup",
@@ -35,6 +37,7 @@ __all__ = [
     "Region",
     "Weight",
     "count_depends_on_data",
+    "feed_forwards",
     "find_region",
     "is_tensor",
     "op_kind",

@@ -1,7 +1,8 @@
 """The components of a decoder that can be sharded by themselves, one definition per file.
 
 A pattern sees what the ones before it have claimed, so the order is part of the definition: an
-FFN's down projection may reach the output of a model without a head, and is no lm_head then.
+FFN's down projection may reach the output of a model without a head, and is no lm_head then; and
+what is left of attention's projections is qkv.
 
 What they are made of comes from `fgtp_pass.pattern`, as for patterns that are not built in.
 
@@ -10,11 +11,13 @@ May be imported by: options, dry_run, models, vllm.
 """
 
 from fgtp_pass.pattern import Pattern
-from fgtp_pass.patterns import dense_ffn, embedding, lm_head, o_proj
+from fgtp_pass.patterns import dense_ffn, embedding, lm_head, o_proj, qkv, shared_expert
 
 BUILTIN: tuple[Pattern, ...] = (
     o_proj.PATTERN,
+    shared_expert.PATTERN,
     dense_ffn.PATTERN,
     lm_head.PATTERN,
     embedding.PATTERN,
+    qkv.PATTERN,
 )

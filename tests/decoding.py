@@ -12,12 +12,12 @@ import fgtp_pass
 from fgtp_pass import fgtp_backend
 
 DECODE_STEPS = 8
-ALL = ("embedding", "lmhead", "oproj", "mlp")
+SIX = dict.fromkeys((*zoo.COMPONENTS, *zoo.OPT_IN), 2)
 
 
 def sizes(k: int | None = None, **by_component: int) -> dict[str, int]:
-    """A finegrained_tp_config: all components at k, or the given ones."""
-    chosen = by_component or dict.fromkeys(ALL, k)
+    """A finegrained_tp_config: the four usual components at k, or the given ones."""
+    chosen = by_component or dict.fromkeys(zoo.COMPONENTS, k)
     return {f"{component}_tensor_parallel_size": size for component, size in chosen.items()}
 
 

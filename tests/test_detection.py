@@ -15,10 +15,10 @@ from fgtp_pass import Plan
 
 # category of a parameter (by its name, in the test only) -> what the reason must say
 REASONS = {
-    "qkv": ("attention core", "low-rank"),
+    "qkv": ("qkv is off",),
     "router": ("router",),
     "expert": ("expert", "no matmul or lookup", "choices"),
-    "shared_expert": ("shared expert",),
+    "sharedexpert": ("sharedexpert is off",),
     "shared_expert_gate": ("no component's definition",),
     "position_embedding": ("positions", "no vocabulary"),
     "norm": ("vector",),
@@ -26,21 +26,27 @@ REASONS = {
 }
 
 
-def plan_of(name: str, attention: str = "sdpa", meta: bool = False, **call: Any) -> Plan:
+def plan_of(
+    name: str,
+    attention: str = "sdpa",
+    meta: bool = False,
+    on: tuple[str, ...] = zoo.COMPONENTS,
+    **call: Any,
+) -> Plan:
     device = "meta" if meta else "cpu"
     model = zoo.build(name, attn_implementation=attention, device=device if meta else None)
     ids = torch.randint(0, model.config.vocab_size, (2, 7)).to(device)
     return fgtp_pass.make_plan(
         model,
         kwargs={"input_ids": ids, **call},
-        finegrained_tp_config=sizes(2),
+        finegrained_tp_config=sizes(**dict.fromkeys(on, 2)),
         data_parallel_size=2,
-        allow_missing=missing(name),
+        allow_missing=missing(name, on),
     )
 
 
-def missing(name: str) -> tuple[str, ...]:
-    return tuple(c for c, fqns in zoo.ARCHITECTURES[name].expected.items() if not fqns)
+def missing(name: str, on: tuple[str, ...] = zoo.COMPONENTS) -> tuple[str, ...]:
+    return tuple(c for c in on if not zoo.ARCHITECTURES[name].expected[c])
 
 
 def weights_by_component(plan: Plan) -> dict[str, set[str]]:
@@ -50,16 +56,25 @@ def weights_by_component(plan: Plan) -> dict[str, set[str]]:
     return found
 
 
-def assert_expected(name: str, plan: Plan) -> None:
-    expected = {c: set(f) for c, f in zoo.ARCHITECTURES[name].expected.items() if f}
+def assert_expected(name: str, plan: Plan, on: tuple[str, ...] = zoo.COMPONENTS) -> None:
+    expected = {c: set(f) for c, f in zoo.ARCHITECTURES[name].expected.items() if f and c in on}
     assert weights_by_component(plan) == expected
 
 
 @pytest.mark.parametrize("name", architectures())
 def test_sites_and_reasons(name: str) -> None:
-    plan = plan_of(name, use_cache=True)
-    assert_expected(name, plan)
-    categories = zoo.expected_left_alone(name)
+    check_plan(name, (*zoo.COMPONENTS, *zoo.OPT_IN))
+
+
+@pytest.mark.parametrize("name", typical())
+def test_what_is_opt_in_is_off(name: str) -> None:
+    check_plan(name, zoo.COMPONENTS)
+
+
+def check_plan(name: str, on: tuple[str, ...]) -> None:
+    plan = plan_of(name, use_cache=True, on=on)
+    assert_expected(name, plan, on)
+    categories = zoo.expected_left_alone(name, on)
     assert {left.fqn for left in plan.left_alone} == set(categories)
     for left in plan.left_alone:
         accepted = REASONS[categories[left.fqn]]

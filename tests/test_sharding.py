@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
-from decoding import ALL, DECODE_STEPS, decode, prompts, relative_errors, sizes
+from decoding import DECODE_STEPS, decode, prompts, relative_errors, sizes
 from peak_memory import PeakMemory
 from ranks import Pools
 from torch import nn
@@ -282,7 +282,7 @@ def _two_models() -> None:
     plan_one, plan_two = fgtp_pass.applied_plan(one), fgtp_pass.applied_plan(two)
     assert plan_one is not None
     assert plan_two is not None
-    assert {site.component for site in plan_one.sites} == set(ALL)
+    assert {site.component for site in plan_one.sites} == set(zoo.COMPONENTS)
     assert {site.component for site in plan_two.sites} == {"oproj", "mlp"}
 
 

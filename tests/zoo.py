@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
+OPT_IN = ("sharedexpert", "qkv")
 
 # First match wins; a parameter that matches nothing is an error.
 _RULES: tuple[tuple[str, str], ...] = (
@@ -44,8 +45,8 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("*attention.dense.*", "oproj"),  # falcon, gpt_neox, bloom
     ("*.attn.c_proj.*", "oproj"),  # gpt2
     ("*.shared_expert_gate.*", "shared_expert_gate"),
-    ("*.shared_expert.*", "shared_expert"),
-    ("*.shared_experts.*", "shared_expert"),
+    ("*.shared_expert.*", "sharedexpert"),
+    ("*.shared_experts.*", "sharedexpert"),
     ("*.experts.*", "expert"),
     ("*.mlp.gate.weight", "router"),
     ("*.block_sparse_moe.gate.weight", "router"),  # vLLM's name
@@ -163,7 +164,7 @@ def _randomize(model: PreTrainedModel, seed: int, embedding_scale: float) -> Non
 
 
 def categorize(fqn: str) -> str:
-    """The category of a parameter, by its name: one of COMPONENTS, or what is left alone."""
+    """The category of a parameter, by its name: a component, or what is left alone."""
     for pattern, category in _RULES:
         if fnmatchcase(fqn, pattern):
             return category
@@ -173,7 +174,8 @@ def categorize(fqn: str) -> str:
 def components(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """Component -> parameters of a model; a tied weight counts as embedding and as head."""
     parameters = dict(model.named_parameters())  # a tied weight once, under its first name
-    found = {key: [n for n in parameters if categorize(n) == key] for key in COMPONENTS}
+    every = (*COMPONENTS, *OPT_IN)
+    found = {key: [n for n in parameters if categorize(n) == key] for key in every}
     head = cast(Any, model).get_output_embeddings().weight
     tied = [name for name in found["embedding"] if parameters[name] is head]
     found["lmhead"] = tied + found["lmhead"]
@@ -185,11 +187,11 @@ def _expected(name: str) -> dict[str, tuple[str, ...]]:
     return components(build(name, device="meta"))
 
 
-def expected_left_alone(name: str) -> dict[str, str]:
-    """Every parameter of the architecture that the pass must not touch -> its category."""
+def expected_left_alone(name: str, on: tuple[str, ...] = COMPONENTS) -> dict[str, str]:
+    """Every parameter that the pass must not touch with these components on -> its category."""
     names = [fqn for fqn, _ in build(name, device="meta").named_parameters()]
     categories = {fqn: categorize(fqn) for fqn in names}
-    return {fqn: category for fqn, category in categories.items() if category not in COMPONENTS}
+    return {fqn: category for fqn, category in categories.items() if category not in on}
 
 
 # No EOS: a random model would otherwise stop generating at a random place.

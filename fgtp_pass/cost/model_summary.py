@@ -16,6 +16,7 @@ class ComponentKey(_Frozen):
     component: str
     config_key: str
     aliases: tuple[str, ...]
+    opt_in: bool
 
 
 class AttentionKind(_Frozen):

@@ -15,14 +15,17 @@ _WRAPPERS = (COMPONENT_SIZES, "ModelDeployConfig", "ModelConfig", "models", "par
 def read_sizes(text: str, components: Sequence[Component]) -> ComponentSizes:
     """Sizes from the command line.
 
-    One number for all components; `oproj=8,mlp=4` with component names or any system's keys;
-    SGLang's flags (`--moe-dense-tp-size 8`); or JSON, be it a `finegrained_tp_config`, vLLM's
-    --additional-config or MindIE's config.json. Raises ConfigError for anything else.
+    One number for all components that are not opt-in; `oproj=8,mlp=4` with component names or any
+    system's keys; SGLang's flags (`--moe-dense-tp-size 8`); or JSON, be it a
+    `finegrained_tp_config`, vLLM's --additional-config or MindIE's config.json. Raises ConfigError
+    for anything else.
     """
     text = text.strip()
-    if re.fullmatch(r"-?\d+|auto", text):
-        size = text if text == "auto" else int(text)
-        return parse_sizes({known.config_key: size for known in components}, components)
+    if text == "auto":
+        return parse_sizes(None, components)
+    if re.fullmatch(r"-?\d+", text):
+        usual = (known for known in components if not known.opt_in)
+        return parse_sizes({known.config_key: int(text) for known in usual}, components)
     if text.startswith("{"):
         try:
             given = _unwrap(json.loads(text))
@@ -40,6 +43,7 @@ class _NamedComponent:
         self.component = known.component
         self.config_key = known.config_key
         self.aliases = (known.component, *known.aliases)
+        self.opt_in = known.opt_in
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -139,13 +139,15 @@ class Pattern:
     """The definition of a component.
 
     component: its name in plans. config_key: its key in `finegrained_tp_config`. aliases: other
-    systems' keys for it. find: yields its sites, and refusals with reasons, in graph order.
+    systems' keys for it. find: yields its sites, and refusals with reasons, in graph order. opt_in:
+    whether it stays whole unless its key is given, or the cost model chooses sizes.
     """
 
     component: str
     config_key: str
     find: Finder
     aliases: tuple[str, ...] = ()
+    opt_in: bool = False
 
 
 def single_matmul(component: str, matmul: ParamMatmul, cuts: tuple[Cut, ...]) -> Match | Refusal:

@@ -64,7 +64,12 @@ def trace_summary(name: str, config: Mapping[str, Any], progress: Progress) -> M
         vectors=rest.vectors,
         draft=draft_layers(model, stack, dtype, scheme),
         keys=tuple(
-            ComponentKey(component=p.component, config_key=p.config_key, aliases=p.aliases)
+            ComponentKey(
+                component=p.component,
+                config_key=p.config_key,
+                aliases=p.aliases,
+                opt_in=p.opt_in,
+            )
             for p in BUILTIN
         ),
         plan=plan,

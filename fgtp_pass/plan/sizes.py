@@ -24,13 +24,19 @@ class Component(Protocol):
     def config_key(self) -> str: ...
     @property
     def aliases(self) -> tuple[str, ...]: ...
+    @property
+    def opt_in(self) -> bool: ...
 
 
 @dataclass(frozen=True)
 class ComponentSizes:
-    """The group size that the user asked for, by component: a size > 1, 1 for off, or "auto"."""
+    """The group size that the user asked for, by component: a size > 1, 1 for off, or "auto".
+
+    not_asked: those of "auto" that only the cost model may turn on.
+    """
 
     by_component: Mapping[str, int | Literal["auto"]]
+    not_asked: frozenset[str] = frozenset()
 
     def resolve(
         self,
@@ -40,14 +46,15 @@ class ComponentSizes:
     ) -> dict[str, int]:
         """The sizes for a data-parallel group; 1 means off.
 
-        auto: what "auto" stands for, by component; by default the largest divisor of the group's
-        size that is <= the ranks on one host, so that no collective leaves it. Raises ConfigError
-        for a size that does not divide the group.
+        auto: what "auto" stands for by the cost model, by component; without it the largest divisor
+        of the group's size that is <= the ranks on one host, so that no collective leaves it.
+        Raises ConfigError for a size that does not divide the group.
         """
         largest = max(k for k in divisors(data_parallel_size) if k <= ranks_on_host)
         sizes = {}
         for component, size in self.by_component.items():
-            chosen = largest if auto is None else auto.get(component, 1)
+            default = 1 if component in self.not_asked else largest
+            chosen = default if auto is None else auto.get(component, 1)
             sizes[component] = chosen if size == AUTO else int(size)
             if data_parallel_size % sizes[component]:
                 raise config_error(
@@ -71,11 +78,16 @@ def parse_sizes(
 ) -> ComponentSizes:
     """Check a `finegrained_tp_config`. None asks for "auto" everywhere; a key left out is off.
 
+    Components that are opt-in are "auto" then for the cost model only.
+
     Sizes: an integer > 1; -1, 0, 1 or None for off; or "auto". Raises ConfigError for anything
     else, naming the nearest known key for an unknown one.
     """
     if config is None:
-        return ComponentSizes({known.component: AUTO for known in components})
+        return ComponentSizes(
+            {known.component: AUTO for known in components},
+            frozenset(known.component for known in components if known.opt_in),
+        )
     if not isinstance(config, Mapping):
         raise config_error(
             f"{COMPONENT_SIZES} must be a mapping from component keys to sizes, "

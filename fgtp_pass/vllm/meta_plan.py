@@ -227,7 +227,7 @@ def _rows_cut(pattern: Pattern) -> Pattern:
     return replace(pattern, find=find)
 
 
-_PATTERNS = tuple(_rows_cut(p) if p.component == "oproj" else p for p in BUILTIN)
+_PATTERNS = tuple(_rows_cut(p) if p.component == "oproj" else p for p in BUILTIN if not p.opt_in)
 
 
 class _TracedError(Exception):

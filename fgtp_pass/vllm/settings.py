@@ -48,7 +48,16 @@ def read_options(compilation: Any, additional: Any) -> Options | None:
         if key not in _OPTIONS:
             raise ConfigError(f"unknown option {key!r} in {OPTIONS}.{nearest_hint(key, _OPTIONS)}")
     sizes = {COMPONENT_SIZES: given.get(COMPONENT_SIZES)}
-    return parse_options({"timeout_seconds": _TIMEOUT_SECONDS, **options, **sizes})
+    parsed = parse_options({"timeout_seconds": _TIMEOUT_SECONDS, **options, **sizes})
+    by_component = parsed.sizes.by_component
+    for pattern in BUILTIN:
+        asked = pattern.component not in parsed.sizes.not_asked
+        if pattern.opt_in and asked and by_component[pattern.component] != 1:
+            raise ConfigError(
+                f"{pattern.config_key}: in vLLM {pattern.component} stays whole so far. Leave the "
+                "key out; the torch.compile backend has it."
+            )
+    return parsed
 
 
 def warn_of_unused(additional: Any) -> None:
