@@ -12,7 +12,6 @@ import fgtp_pass
 from fgtp_pass import fgtp_backend
 
 DECODE_STEPS = 8
-SIX = dict.fromkeys((*zoo.COMPONENTS, *zoo.OPT_IN), 2)
 
 
 def sizes(k: int | None = None, **by_component: int) -> dict[str, int]:

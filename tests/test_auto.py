@@ -112,6 +112,7 @@ def test_what_pays_is_sharded_and_the_plan_says_why(ranks: Pools, tmp_path: Path
         "oproj": 2,
         "mlp": 2,
         "lmhead": 2,
+        "qkv": 2,
         "embedding": 1,  # a lookup reads its rows only: nothing to gain
     }
     assert "the fastest size" in chosen["mlp"].reason
@@ -123,7 +124,7 @@ def test_memory_takes_what_frees_most_even_at_a_loss(ranks: Pools, tmp_path: Pat
     outcomes = ranks(2).run(_run, str(tmp_path), objective="memory", hardware=hardware)
     plan = Plan.from_json(outcomes[0][0])
     assert {choice.size for choice in plan.chosen} == {2}
-    assert {site.component for site in plan.sites} == {"oproj", "mlp", "lmhead", "embedding"}
+    assert {site.component for site in plan.sites} == {"oproj", "mlp", "lmhead", "embedding", "qkv"}
 
 
 def test_a_tied_weight_gets_one_size(ranks: Pools, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str], config: str) -> None:
         assert layout["max_sequences"] >= 32
         assert layout["command"].startswith("vllm serve ")
     assert report["recommended"]["layout"] == report["layouts"][0]["name"]
-    assert set(report["components"]) == {"embedding", "oproj", "mlp", "lmhead"}
+    assert set(report["components"]) == {*zoo.COMPONENTS, *zoo.OPT_IN}
     for row in report["components"].values():
         assert set(row) == {
             "sites",

@@ -16,6 +16,7 @@ from torch import nn
 
 import fgtp_pass
 from fgtp_pass import ConfigError, DetectionError, FgtpError, InferenceOnlyError, fgtp_backend
+from fgtp_pass.cost.spelling import read_sizes
 from fgtp_pass.options.options import parse_options
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan.sizes import parse_sizes
@@ -77,7 +78,19 @@ def test_aliases_of_other_systems(alias: str, component: str) -> None:
 
 @pytest.mark.parametrize(("ranks_on_host", "size"), [(8, 8), (6, 4), (3, 2), (1, 1)])
 def test_auto_stays_on_a_host(ranks_on_host: int, size: int) -> None:
-    assert set(parse_sizes(None, BUILTIN).resolve(8, ranks_on_host).values()) == {size}
+    sizes = parse_sizes(None, BUILTIN).resolve(8, ranks_on_host)
+    opt_in = {pattern.component for pattern in BUILTIN if pattern.opt_in}
+    assert opt_in == {"sharedexpert", "qkv"}
+    assert {sizes[name] for name in opt_in} == {1}
+    assert {sizes[name] for name in sizes.keys() - opt_in} == {size}
+
+
+def test_what_is_opt_in_is_on_where_asked_for_or_priced() -> None:
+    asked = parse_sizes({"qkv_tensor_parallel_size": "auto"}, BUILTIN)
+    assert asked.resolve(8, 4)["qkv"] == 4
+    assert asked.resolve(8, 4)["sharedexpert"] == 1
+    assert parse_sizes(None, BUILTIN).resolve(8, 4, {"qkv": 2})["qkv"] == 2
+    assert set(read_sizes("8", BUILTIN).requested) == {"embedding", "lmhead", "oproj", "mlp"}
 
 
 @pytest.mark.parametrize("size", [3, 16])

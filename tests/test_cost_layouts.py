@@ -210,7 +210,9 @@ def dense(
         linears=Weights(elements=int(billions * 1e9)),
         vectors=0,
         keys=tuple(
-            ComponentKey(component=p.component, config_key=p.config_key, aliases=p.aliases)
+            ComponentKey(
+                component=p.component, config_key=p.config_key, aliases=p.aliases, opt_in=p.opt_in
+            )
             for p in BUILTIN
         ),
         plan=Plan(data_parallel_size=2),

@@ -53,7 +53,8 @@ def published_case(deepseek: ModelSummary) -> Report:
 
 
 def test_deepseek_r1_frees_what_vllm_ascend_published(deepseek: ModelSummary) -> None:
-    saved = {row.component: row.bytes_saved_per_rank for row in published_case(deepseek).rows}
+    rows = published_case(deepseek).rows
+    saved = {row.component: row.bytes_saved_per_rank for row in rows if row.group_size > 1}
     arithmetic = {
         "oproj": 61 * 7168 * 16384 * 7 / 8,
         "lmhead": 129280 * 7168 * 2 * 7 / 8,
@@ -85,6 +86,8 @@ def test_all_61_layers_are_reported(deepseek: ModelSummary) -> None:
         "oproj": 61,
         "mlp": 3,
         "lmhead": 1,
+        "sharedexpert": 58,
+        "qkv": 3 * 61,  # q_a and kv_a, q_b, kv_b
     }
     assert rows["oproj"].messages_per_step == 122
     last = "model.layers.60.self_attn.o_proj.weight"
@@ -178,17 +181,21 @@ def test_one_layer_of_a_kind_stands_for_all(name: str) -> None:
     if name == "gemma2":
         extra["layer_types"] = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
     model = zoo.build(name, device="meta", **extra)
-    found, joined = plan_model(model), make_plan(model, kwargs=decode_call(), data_parallel_size=2)
+    every = {f"{name}_tensor_parallel_size": 2 for name in (*zoo.COMPONENTS, *zoo.OPT_IN)}
+    options = {"data_parallel_size": 2, "allow_missing": ["sharedexpert"]}
+    found = plan_model(model)
+    joined = make_plan(model, kwargs=decode_call(), finegrained_tp_config=every, **options)
     assert found.cuts().keys() == joined.cuts().keys()
     assert found.left_alone == joined.left_alone
     alone = [
         site
-        for apart in (("embedding", "lmhead"), ("oproj",), ("mlp",))  # the first two may be tied
+        # the first two may be tied
+        for apart in (("embedding", "lmhead"), ("oproj",), ("mlp",), ("sharedexpert",), ("qkv",))
         for site in make_plan(
             model,
             kwargs=decode_call(),
-            data_parallel_size=2,
             finegrained_tp_config={f"{component}_tensor_parallel_size": 2 for component in apart},
+            **options,
         ).sites
     ]
     assert sorted(found.sites, key=str) == sorted(alone, key=str)

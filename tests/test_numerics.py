@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-import zoo
-from decoding import SIX, compare_with_unsharded, sizes
+from decoding import compare_with_unsharded, sizes
 from marks import TYPICAL, architectures, typical
 from ranks import Pools
 from test_detection import missing
@@ -13,10 +12,6 @@ FP32_MAX, BF16_RMS = 1e-5, 0.02
 # In half precision any rounding can tip a router between two experts that score alike, and then
 # a token takes another expert: these models get weights (a seed) with no such tie.
 BF16_SEED = {"qwen2_moe": 2, "qwen3_moe": 2}
-WITH_SIX = (
-    *("qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4"),  # shared experts
-    *("llama", "qwen3", "gemma3", "gpt2", "bloom", "falcon", "phi", "cohere", "olmo2"),
-)
 INDUCTOR = ("llama", "gpt2", "deepseek_v3")
 
 
@@ -33,12 +28,6 @@ def check(results: list[dict[str, Any]], dtype: str = "float32") -> None:
 @pytest.mark.parametrize("name", architectures())
 def test_two_ranks_fp32(ranks: Pools, name: str) -> None:
     check(ranks(2).run(compare_with_unsharded, name, sizes(2), allow_missing=missing(name)))
-
-
-@pytest.mark.parametrize("name", typical(WITH_SIX, "deepseek_v2", "qwen2_moe"))
-def test_all_six_components(ranks: Pools, name: str) -> None:
-    absent = missing(name, (*zoo.COMPONENTS, *zoo.OPT_IN))
-    check(ranks(2).run(compare_with_unsharded, name, sizes(**SIX), allow_missing=absent))
 
 
 @pytest.mark.parametrize("name", TYPICAL)

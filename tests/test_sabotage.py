@@ -16,6 +16,7 @@ PATHS = {
     "lmhead": ("all_gather", "all_to_all"),
     "oproj": ("all_gather", "all_to_all"),
     "mlp": ("all_gather", "reduce_scatter"),
+    "qkv": ("all_gather", "all_to_all"),
 }
 
 

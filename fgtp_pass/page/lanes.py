@@ -11,17 +11,17 @@ from fgtp_pass.plan.plan import Site, WeightCut
 
 
 def lanes(shapes: Iterable[ComponentShape]) -> list[dict[str, Any]]:
-    """One lane per component. The layer is the first of those with most components."""
+    """One lane per component: its site in the layer with most components, or else its first."""
     sites = [site for shape in shapes for site in shape.sites]
     layers = Counter(layer for site in sites if (layer := _layer(site)) is not None)
     shown = min(layers, key=lambda layer: (-layers[layer], layer), default=None)
     counts = Counter(site.component for site in sites)
-    found = {
-        site.component: _lane(site, counts[site.component])
-        for site in reversed(sites)
-        if _layer(site) in (shown, None)
-    }
-    return [found[name] for name in counts if name in found]
+    found: list[dict[str, Any]] = []
+    for name, count in counts.items():
+        of_it = [site for site in sites if site.component == name]
+        site = next((site for site in of_it if _layer(site) in (shown, None)), of_it[0])
+        found.append(_lane(site, count))
+    return found
 
 
 def _layer(site: Site) -> int | None:

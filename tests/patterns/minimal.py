@@ -11,13 +11,22 @@ import fgtp_pass
 
 
 def check_graphs(
-    test_file: str, model: nn.Module, example: torch.Tensor, update: bool, of: str = ""
+    test_file: str,
+    model: nn.Module,
+    example: torch.Tensor,
+    update: bool,
+    of: str = "",
+    components: tuple[str, ...] = (),
 ) -> None:
     """Compare the model's graph on rank 0 of 2 with BEFORE and AFTER of `test_file`.
 
-    With `update`, rewrite these in the file. of: what their names begin with.
+    With `update`, rewrite these in the file. of: what their names begin with. components: those to
+    be on, by default the usual ones.
     """
-    (graph,) = fgtp_pass.snapshot_graphs(model.eval(), (example,), data_parallel_size=2)
+    sizes = {f"{name}_tensor_parallel_size": 2 for name in components} or None
+    (graph,) = fgtp_pass.snapshot_graphs(
+        model.eval(), (example,), data_parallel_size=2, finegrained_tp_config=sizes
+    )
     path = Path(test_file)
     source = path.read_text()
     for name, text in ((f"{of}BEFORE", graph.before), (f"{of}AFTER", graph.after)):
