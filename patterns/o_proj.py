@@ -1,4 +1,4 @@
-"""o_proj: softmax(Q Kᵀ) V -> ops local to a token (gates, norms, scaling, clamps) -> x W."""
+"""o_proj: what mixes tokens -> ops local to a token (gates, norms, scaling, clamps) -> x W."""
 
 from collections.abc import Iterator
 
@@ -29,13 +29,22 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
             continue  # q, k or v of a next layer that has no o_proj before it
         if view.returned_matmul(matmul.node) and _is_vocabulary(view, matmul):
             continue  # an lm_head right behind an attention without o_proj
-        cores = view.facts[matmul.input].cores
-        if sum(bool(view.facts[other.input].cores & cores) for other in readers) > 1:
+        if _others(view, matmul, readers):
             # q, k and v of a next layer, or an FFN: there is no projection of the core's own
             reason = "it is one of several projections of an attention output"
             yield Refusal(matmul.weight.placeholder, reason)
             continue
         yield single_matmul(COMPONENT, matmul, cuts=(Cut.IN, Cut.OUT))
+
+
+def _others(view: GraphView, matmul: ParamMatmul, readers: list[ParamMatmul]) -> bool:
+    """Whether other matmuls read the same core, but for those whose results come back to it.
+
+    A state space model makes its step sizes, inputs and outputs from its convolution's result.
+    """
+    cores = view.facts[matmul.input].cores
+    others = {m.node for m in readers if m is not matmul and view.facts[m.input].cores & cores}
+    return bool(others) and not others <= view.made_of(matmul.input)
 
 
 def _is_vocabulary(view: GraphView, matmul: ParamMatmul) -> bool:

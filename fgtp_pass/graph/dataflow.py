@@ -4,7 +4,7 @@ The facts are what patterns are defined by ("this matmul reads an attention core
 modules and parameters are never looked at.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Flag, auto
 from functools import cached_property
@@ -36,7 +36,8 @@ class Facts:
 
     static: made of parameters and constants only.
     token_ids: integers that the caller gave, not computed.
-    cores: attention cores it carries through token-local ops, no residual stream mixed in.
+    cores: attention cores it carries, no residual stream mixed in. A core is what mixes tokens:
+    softmax(Q Kᵀ) V, a product of three activations (linear attention), a convolution.
     origin: the one matmul, lookup, core or input that it is a function of, besides statics.
     scores: carries a product of two activations (before a softmax); probs: the softmax of that.
     selected: its tokens were picked by data. chosen: computed from a topk or argmax.
@@ -89,6 +90,7 @@ class GraphView:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.normal_form = NormalForm()
         self.cores: list[fx.Node] = []
+        self._begins: dict[fx.Node, int] = {}  # by core: where its first projection stands
         self.facts: dict[fx.Node, Facts] = {}
         self.writes: dict[fx.Node, frozenset[fx.Node]] = {}  # by op: whose memory it may change
         self._static: set[fx.Node] = set()
@@ -153,6 +155,19 @@ class GraphView:
     @cached_property
     def outputs(self) -> list[fx.Node]:
         return list(self.graph.output_node().all_input_nodes)
+
+    def made_of(self, node: fx.Node, stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+        """The matmuls that the value is computed of, and nodes of `stop`, with none in between."""
+        found, seen, stack = set[fx.Node](), {node}, [node]
+        while stack:
+            here = stack.pop()
+            if here in self.normal_form.matmuls or (here in stop and here is not node):
+                found.add(here)
+                continue
+            new = [n for n in here.all_input_nodes if n not in seen]
+            seen.update(new)
+            stack += new
+        return found
 
     def returned_matmul(self, node: fx.Node) -> ParamMatmul | None:
         """The matmul at `node` if the graph returns a function of it and of nothing else."""
@@ -243,21 +258,21 @@ class GraphView:
         origins = {facts.origin for facts in active}
         origin = origins.pop() if len(origins) == 1 else None
         if kind is OpKind.ATTENTION:
-            self.cores.append(node)
-            return Facts(cores=frozenset({node}), origin=node)
-        if kind is OpKind.MATMUL:
-            if any(facts.probs for facts in active):
-                self.cores.append(node)
-                return Facts(cores=frozenset({node}), origin=node)
-            return Facts(scores=len(active) > 1)
+            return self._core(node)
         chosen = kind is OpKind.CHOICE or any(facts.chosen for facts in active)
+        cores = self._carried_cores(node, inputs, active)
+        if kind is OpKind.MATMUL:
+            linear = len(active) > 1 and any(facts.scores for facts in active) and not chosen
+            if linear or any(facts.probs for facts in active):
+                return self._core(node)
+            return Facts(scores=len(active) > 1, cores=cores)
         if kind in (OpKind.CHOICE, OpKind.OTHER):
-            return Facts(origin=origin, chosen=chosen)
+            return Facts(origin=origin, chosen=chosen, cores=cores)
         if kind is OpKind.SELECT:
             return Facts(origin=origin, selected=True, chosen=chosen)
         local = Facts(
             origin=origin,
-            cores=self._carried_cores(node, inputs, active),
+            cores=cores,
             selected=all(facts.selected for facts in active) or active[0].selected,
             chosen=chosen,
         )
@@ -278,9 +293,19 @@ class GraphView:
             for n in inputs:
                 value = value_of(n)
                 masks = isinstance(value, torch.Tensor) and value.dtype is torch.bool
-                if not (self.facts[n].static or self.facts[n].cores or masks):
-                    return frozenset()  # a residual stream is added: past the component
+                if self.facts[n].static or self.facts[n].cores or masks:
+                    continue
+                # a residual stream, older than the core's projections: past the component
+                older = self.order[self.root(n)]
+                carried = frozenset(core for core in carried if self._begins[core] < older)
         return carried
+
+    def _core(self, node: fx.Node) -> Facts:
+        self.cores.append(node)
+        made_of = self.made_of(node, stop=self._begins.keys())
+        begins = [self._begins.get(n, self.order[n]) for n in made_of]
+        self._begins[node] = min(begins, default=self.order[node])
+        return Facts(cores=frozenset({node}), origin=node)
 
     def _apply_writes(self, node: fx.Node) -> None:
         """An op that writes into its argument changes what later reads of that argument see."""
@@ -290,7 +315,7 @@ class GraphView:
         self.writes[node] = written
         facts = self.facts[node]
         if not is_value(node) or node in self.cores:
-            facts = Facts(cores=frozenset({node}) if node in self.cores else frozenset())
+            facts = Facts(cores=facts.cores)
         for changed in written - {node}:
             self._set(changed, facts)
 

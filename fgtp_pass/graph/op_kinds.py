@@ -81,7 +81,10 @@ _SELECTS = {
     "index_put", "scatter", "scatter_add", "index_add",
 }  # fmt: skip
 _CHOICES = {"topk", "argmax", "argmin", "sort", "argsort", "one_hot", "multinomial"}
-_ATTENTIONS = {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}
+# ops that mix tokens: the convolution is that of linear attentions and state space models
+_ATTENTIONS = {
+    "scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward", "conv1d",
+}  # fmt: skip
 
 SOFTMAX = "softmax"
 CASTS = frozenset(_CASTS)
