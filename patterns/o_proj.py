@@ -23,7 +23,8 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
     In   core -> transpose, reshape, gate, norm ... -> linear(W)
     Out  Own -a2a-> Cut x W[in/k] -> Sum -rs-> Own, or Own -ag-> All x W[out/k] -> Cut -a2a-> Own
     """
-    readers = [m for m in view.matmuls if view.facts[m.input].cores]
+    matmuls = (m for m in view.matmuls if m.node not in view.adapters)
+    readers = [m for m in matmuls if view.facts[m.input].cores]
     for matmul in readers:
         if matmul.weight is None or Reach.ATTENTION in view.reach[matmul.node]:
             continue  # q, k or v of a next layer that has no o_proj before it

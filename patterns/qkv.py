@@ -35,6 +35,8 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
     for matmul in view.matmuls:
         if matmul.weight is None or matmul.node in found.claimed | view.routers:
             continue
+        if matmul.node in view.adapters:
+            continue
         if Reach.ATTENTION not in view.reach[matmul.node] and not _is_latent(view, matmul):
             continue
         reason = matmul.why_not or count_depends_on_data(matmul.input)

@@ -10,6 +10,7 @@ from decoding import compare_with_unsharded, prompts, relative_errors, sizes
 from marks import typical
 from ranks import Pools
 from test_detection import missing
+from torch import nn
 
 import fgtp_pass
 from fgtp_pass import fgtp_backend
@@ -95,6 +96,54 @@ def _idle_and_back() -> None:
 
 def test_idle_ranks_and_unshard(ranks: Pools) -> None:
     ranks(2).run(_idle_and_back)
+
+
+class _Adapted(nn.Module):
+    """A linear with a low-rank adapter, as PEFT wraps it."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, 4, bias=False)
+        self.lora_B = nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x)) * 0.5
+
+
+@torch.no_grad()
+def _with_adapters() -> tuple[float, str]:
+    torch.manual_seed(0)
+    model: Any = zoo.build("llama")
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, _Adapted(getattr(layer.self_attn, name)))
+    last = model.model.layers[-1].mlp
+    last.down_proj = _Adapted(last.down_proj)
+    ids = prompts(dist.get_rank(), 2, 5, model.config.vocab_size)
+    want = model(input_ids=ids).logits
+    options = {"finegrained_tp_config": six(), "allow_missing": ["sharedexpert"]}
+    fast = torch.compile(model, backend=fgtp_backend, options={"inner_backend": "eager", **options})
+    error = relative_errors(fast(input_ids=ids).logits, want)[0]
+    plan = fgtp_pass.applied_plan(fast)
+    assert plan is not None
+    return error, plan.to_json()
+
+
+def test_low_rank_adapters_stay_whole_and_their_base_is_cut(ranks: Pools) -> None:
+    for error, text in ranks(2).run(_with_adapters):
+        assert error <= 1e-5
+        plan = fgtp_pass.Plan.from_json(text)
+        cut = [weight.fqn for site in plan.sites for weight in site.weights]
+        assert not [fqn for fqn in cut if "lora" in fqn]
+        for name in ("q_proj.base_layer", "k_proj", "v_proj.base_layer", "o_proj.base_layer"):
+            assert sum(fqn.endswith(f"self_attn.{name}.weight") for fqn in cut) == 2
+        why = {left.fqn: left.reason for left in plan.left_alone}
+        assert "a low-rank adapter" in why["model.layers.0.self_attn.q_proj.lora_A.weight"]
+        assert (
+            "a low-rank adapter is added" in why["model.layers.1.mlp.down_proj.base_layer.weight"]
+        )
+        assert "model.layers.0.mlp.down_proj.weight" in cut
 
 
 def _added_once_more() -> dict[str, Any]:

@@ -50,6 +50,8 @@ def feed_forwards(view: GraphView, found: Findings) -> Iterator[FeedForward | Re
     for down in view.matmuls:
         if down.weight is None or down.node in found.claimed:
             continue
+        if down.node in view.adapters or down.node in view.adapters.values():
+            continue
         region = find_region(view, down)
         if isinstance(region, NoRegion):
             if region.reads_projection and Reach.ATTENTION not in view.reach[down.node]:
@@ -70,7 +72,7 @@ def _why_not(view: GraphView, down: ParamMatmul, region: Region) -> str:
     assert down.weight is not None
     if len(ups) > 2 or len(read) > 1:
         return "it joins projections of different activations"
-    if not any(op_kind(op) is OpKind.POINTWISE for op in region.ops):
+    if not any(op_kind(op) in (OpKind.POINTWISE, OpKind.FEATURES) for op in region.ops):
         return "it is a low-rank pair: no activation function stands between the projections"
     if any(up.weight and up.weight.in_features != down.weight.out_features for up in ups):
         return "it is a chain of projections that does not return to its input's width"

@@ -30,6 +30,10 @@ def general_reason(view: GraphView, placeholder: fx.Node) -> str:
 
 def _matmul_reason(view: GraphView, matmul: ParamMatmul) -> str:
     reach = view.reach[matmul.node]
+    if matmul.node in view.adapters:
+        return "a low-rank adapter: it stays whole, what it is added to may be cut"
+    if matmul.node in view.adapters.values():
+        return "a low-rank adapter is added to it, which has no place between an FFN's projections"
     if matmul.node in view.routers:
         return "a router: experts or tokens are chosen from its result"
     if Reach.ATTENTION in reach:

@@ -141,6 +141,33 @@ class GraphView:
             self.root(matmul.input) for matmul in self.matmuls if matmul.node in self.routers
         )
 
+    @cached_property
+    def adapters(self) -> Mapping[fx.Node, fx.Node]:
+        """The matmuls of low-rank adapters, `base(x) + s * B(A(x))`: of A and of B, to base."""
+        found: dict[fx.Node, fx.Node] = {}
+        for up in self.matmuls:
+            origin = self.facts[up.input].origin
+            down = self.matmul_at(origin) if origin is not None else None
+            if down is None or down.out_features * 2 > min(down.in_features, up.out_features):
+                continue
+            base = self._added_to(up.node)
+            if base is not None and self.root(base.input) is self.root(down.input):
+                found |= {down.node: base.node, up.node: base.node}
+        return found
+
+    def _added_to(self, node: fx.Node) -> ParamMatmul | None:
+        """The matmul to whose result the value is added, scaled, if nothing else reads it."""
+        while len(node.users) == 1:
+            (user,) = node.users
+            others = [n for n in tensor_inputs(user) if n is not node and not self.facts[n].static]
+            if len(others) == 1 and op_name(user) == "add":
+                origin = self.facts[others[0]].origin
+                return self.matmul_at(origin) if origin is not None else None
+            if others or op_kind(user) not in (OpKind.POINTWISE, OpKind.LAYOUT):
+                return None
+            node = user
+        return None
+
     def weighted_by_choice(self, node: fx.Node) -> bool:
         """Whether the value is scaled by what a topk or argmax chose, as an expert's result is."""
         for user in node.users:

@@ -82,9 +82,9 @@ def _walk_back(view: GraphView, down: ParamMatmul) -> tuple[list[ParamMatmul], l
             ups.append(matmul)
             continue
         kind = op_kind(node)
-        if kind is OpKind.FEATURES:
+        if kind is OpKind.FEATURES and op_name(node) != "glu":
             return ups, inner, f"a {op_name(node)} over all its inner features stands before it"
-        if kind not in (OpKind.POINTWISE, OpKind.LAYOUT) or len(inner) >= _MAX_OPS:
+        if kind not in (OpKind.POINTWISE, OpKind.LAYOUT, OpKind.FEATURES) or len(inner) >= _MAX_OPS:
             return ups, inner, "its input is no function of projections alone"
         inner.append(node)
         for n in tensor_inputs(node):
@@ -162,6 +162,10 @@ def _check_op(
             if reason:
                 return reason
     blocks[node] = min(held)
+    if op_name(node) == "glu":  # the first half of its blocks, gated by the second
+        if argument(node, "dim", 1, -1) not in (-1, value_of(node).dim() - 1) or len(min(held)) % 2:
+            return "its inner features are rearranged"
+        blocks[node] = min(held)[: len(min(held)) // 2]
     ops.append(node)
     return ""
 

@@ -126,6 +126,12 @@ def _(m: Block, x: Tensor) -> Tensor:
 case("fused_glu", **FUSED)(lambda m, x: m.down(F.glu(m.both(x), -1)))
 
 
+case("fused_glu_by_position", **FUSED)(lambda m, x: m.down(F.glu(m.both(x))))
+case("fused_glu_of_wider", NO_MLP, both=linear(DIM, 2 * INNER), up=None, gate=None)(
+    lambda m, x: m.down(F.glu(F.glu(torch.cat([m.both(x), m.both(x)], -1))))
+)
+
+
 @case("fused_view_of_blocks", **FUSED)
 def _(m: Block, x: Tensor) -> Tensor:
     a, b = m.both(x).view(*x.shape[:-1], 2, INNER).unbind(-2)

@@ -18,6 +18,7 @@ import fgtp_pass
 from fgtp_pass.weights.state import sharded_parameters
 
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
+OPT_IN = ("sharedexpert", "qkv")
 TOLERANCE = {"float64": 1e-9, "float32": 2e-4}
 PATIENCE = 60.0  # seconds that a rank waits for the others
 
@@ -119,9 +120,10 @@ def _sharded(case: Case, rank: int, group: Any, want: list[list[Any]]) -> Verdic
 
 
 def _options(case: Case, group: Any) -> dict[str, Any]:
+    components = COMPONENTS + OPT_IN if case.six else COMPONENTS
     return {
-        "finegrained_tp_config": {f"{c}_tensor_parallel_size": case.ranks for c in COMPONENTS},
-        "allow_missing": list(COMPONENTS),
+        "finegrained_tp_config": {f"{c}_tensor_parallel_size": case.ranks for c in components},
+        "allow_missing": list(components),
         "tokens": case.contract,
         "inner_backend": case.inner,
         "process_group": group,

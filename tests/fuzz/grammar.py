@@ -143,7 +143,7 @@ class Case:
     """A program, and how ranks call it.
 
     calls: by call, the shapes by rank; None idles. "equal": every rank comes with rank 0's. The
-    first call is nobody's idle step.
+    first call is nobody's idle step. six: with the opt-in components on.
     """
 
     program: Program = Program()
@@ -152,6 +152,7 @@ class Case:
     dynamic: Literal[None, True, False] = None
     inner: Literal["eager", "aot_eager"] = "eager"
     calls: tuple[tuple[Shape | None, Shape | None, Shape | None], ...] = (((2, 6),) * 3,)
+    six: bool = False
 
     def shape(self, call: int, rank: int) -> Shape | None:
         shapes = self.calls[call][: self.ranks]

@@ -26,6 +26,7 @@ def cases() -> st.SearchStrategy[Case]:
         dynamic=st.sampled_from([None, True, False]),
         inner=st.sampled_from(["eager"] * 4 + ["aot_eager"]),
         calls=calls,
+        six=st.booleans(),
     )
 
 

@@ -87,6 +87,7 @@ def search(judge: Judge, number: int, examples: int) -> str:
 def describe(case: Case) -> str:
     """The case as text: how it is called, and the program's code."""
     called = f"{case.ranks} ranks, {case.contract}, dynamic={case.dynamic}, {case.inner}"
+    called += ", six components" if case.six else ""
     shapes = [
         ", ".join(str(case.shape(call, rank) or "idle") for rank in range(case.ranks))
         for call in range(len(case.calls))
