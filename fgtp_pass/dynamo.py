@@ -2,11 +2,11 @@
 
 Private names used: `Node._dynamo_source` (where an input comes from), `Node.meta["example_value"]`
 (its fake value), `ShapeEnv.guards`, `torch._C._set_throw_on_mutable_data_ptr`, the setting
-`meta_nonzero_assume_all_nonzero`. Checked with torch 2.11 to 2.13.
+`meta_nonzero_assume_all_nonzero`, `torch.utils._sympy.interp`. Checked with torch 2.11 to 2.13.
 """
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,9 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as experimental_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 
 @contextmanager
@@ -97,6 +100,26 @@ def forget_values(graph: fx.Graph) -> None:
     for node in graph.nodes:
         for kept in ("example_value", "val", "grapharg"):
             node.meta.pop(kept, None)
+
+
+class _Emitting(GraphAppendingTracer):
+    def __init__(self, graph: fx.Graph, emit: Callable[..., fx.Node]):
+        super().__init__(graph)
+        self._emit = emit
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any) -> fx.Node:
+        return self._emit(target, *args, **kwargs)
+
+
+def emit_size(
+    emit: Callable[..., fx.Node], size: torch.SymInt, nodes: Mapping[sympy.Symbol, fx.Node]
+) -> fx.Node:
+    """A node that computes a size. nodes: those that hold the symbols it is made of."""
+    expression: Any = size.node.expr
+    tracer = _Emitting(next(iter(nodes.values())).graph, emit)
+    held = {symbol: Proxy(node, tracer) for symbol, node in nodes.items()}
+    computed: Proxy = sympy_interp(PythonReferenceAnalysis, held, expression)
+    return computed.node
 
 
 def copy_source(source: fx.Node, target: fx.Node) -> None:

@@ -8,11 +8,10 @@ from torch import fx
 from fgtp_pass.detect.match import Match, MatmulStage
 from fgtp_pass.graph.dataflow import GraphView
 from fgtp_pass.graph.op_kinds import (
-    count_of,
     is_tensor,
     keeps_token_order,
-    leading,
     op_name,
+    sizes_of,
     tensor_inputs,
     value_of,
 )
@@ -82,26 +81,20 @@ def find_links(view: GraphView, matches: Sequence[Match]) -> Links:
     for match in matches:
         if isinstance(match.stages[0], MatmulStage):
             region = find_token_region(view, producers.keys(), match.source, match.place)
-            if region is not None and _can_hand_over(producers[region.source], region):
+            if region is not None and _can_hand_over(view, producers[region.source], region):
                 behind.append(Behind(producers[region.source], match, region))
     return Links(tuple(beside), tuple(behind))
 
 
-def _can_hand_over(first: Match | Beside, region: TokenRegion) -> bool:
+def _can_hand_over(view: GraphView, first: Match | Beside, region: TokenRegion) -> bool:
     """Whether the tokens of all can be handed on, and own tokens be given back in their shapes.
 
     Two beside each other bring their residual in their sum, and can carry no other.
     """
-    pair = first if isinstance(first, Beside) else None
-    if pair is not None and pair.residual and region.residual:
+    if isinstance(first, Beside) and first.residual and region.residual:
         return False
-    site = pair.first if pair is not None else first
-    assert isinstance(site, Match)
-    shaped = [site.source, *(n for n in (region.residual, pair and pair.residual) if n)]
-    known = {count_of([size]) for node in shaped for size in value_of(node).shape}
-    known |= {site.tokens}
-    wanted = {size for node in (*region.inner, region.result) for size in leading(node)}
-    return all(isinstance(size, int) or size in known for size in wanted)
+    shapes = [value_of(node).shape for node in (*region.inner, region.result)]
+    return all(view.follows_from_inputs(shape) for shape in shapes)
 
 
 # beside -------------------------------------------------------------------------------------------
@@ -192,6 +185,6 @@ def _plain_add(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     a, b = node.args
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and is_tensor(a) and is_tensor(b)):
         return None
-    one, other, both = value_of(a), value_of(b), value_of(node)
-    same = one.shape == other.shape == both.shape and one.dtype is other.dtype is both.dtype
-    return (a, b) if same and both.dim() >= 2 else None
+    same = sizes_of(a) == sizes_of(b) == sizes_of(node)
+    same = same and value_of(a).dtype is value_of(b).dtype is value_of(node).dtype
+    return (a, b) if same and value_of(node).dim() >= 2 else None

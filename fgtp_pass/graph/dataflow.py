@@ -4,7 +4,7 @@ The facts are what patterns are defined by ("this matmul reads an attention core
 modules and parameters are never looked at.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from enum import Flag, auto
 from functools import cached_property
@@ -28,6 +28,7 @@ from fgtp_pass.graph.op_kinds import (
     tensor_inputs,
     value_of,
 )
+from fgtp_pass.graph.size_expression import size_inputs
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,15 @@ class GraphView:
         if is_value(node):
             return False
         return isinstance(value_of(node), torch.SymInt) or not self.facts[node].static
+
+    @cached_property
+    def _input_symbols(self) -> Set[object]:
+        return size_inputs(self.graph).keys()
+
+    def follows_from_inputs(self, sizes: Iterable[int | torch.SymInt]) -> bool:
+        """Whether sizes can be computed from those of the graph's inputs, without any data."""
+        symbolic = [size for size in sizes if isinstance(size, torch.SymInt)]
+        return all(size.node.expr.free_symbols <= self._input_symbols for size in symbolic)
 
     def memory_of(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """The nodes whose memory the values of `nodes` may share."""

@@ -187,7 +187,12 @@ def value_of(node: fx.Node) -> Any:
 
 def leading(node: fx.Node) -> list[object]:
     """The sizes of all dims of a value but its last: ints, or expressions in input sizes."""
-    return [count_of([size]) for size in value_of(node).shape[:-1]]
+    return sizes_of(node)[:-1]
+
+
+def sizes_of(node: fx.Node) -> list[object]:
+    """The sizes of a value: ints, or expressions; comparing those of torch would add guards."""
+    return [count_of([size]) for size in value_of(node).shape]
 
 
 def count_of(sizes: Sequence[int | torch.SymInt]) -> object:

@@ -16,12 +16,12 @@ from fgtp_pass.graph.op_kinds import (
     is_tensor,
     is_value,
     keeps_token_order,
+    leading,
     op_kind,
     op_name,
     tensor_inputs,
     value_of,
 )
-from fgtp_pass.graph.size_expression import size_expression
 
 # An activation function is a handful of ops; a walk that grows past this left the region long ago.
 _MAX_OPS = 64
@@ -119,11 +119,9 @@ def _check(
     shape_reads = _outside_uses({up.node for up in ups} | set(inner), down.node)
     if isinstance(shape_reads, str):
         return shape_reads
-    known = _sizes_of_tokens(ups[0].input)
     for shaped in (down.node, *(read.all_input_nodes[0] for read in shape_reads)):
-        for size in value_of(shaped).shape:
-            if not isinstance(size, int) and size_expression(size) not in known:
-                return "it has a shape that is not made of its input's sizes"
+        if not view.follows_from_inputs(value_of(shaped).shape):
+            return "it has a shape that depends on data"
     return Region(tuple(ups), result, width, tuple(ops), alias, blocks, tuple(vectors), shape_reads)
 
 
@@ -153,8 +151,8 @@ def _check_op(
     held = {blocks[alias.get(n, n)] for n in inputs if alias.get(n, n) in blocks}
     if len({len(b) for b in held}) != 1:
         return "differently laid out inner features meet"
-    shapes = [tuple(value_of(n).shape) for n in inputs if alias.get(n, n) in blocks]
-    if any(shape[:-1] != tuple(value_of(node).shape)[:-1] for shape in shapes):
+    shaped = [leading(n) for n in inputs if alias.get(n, n) in blocks]
+    if any(sizes != leading(node) for sizes in shaped):
         return "its inner features are broadcast over tokens"
     for n in inputs:
         if alias.get(n, n) not in blocks:
@@ -243,15 +241,3 @@ def _outside_uses(inner: set[fx.Node], down: fx.Node) -> tuple[fx.Node, ...] | s
                 return "its inner features are used elsewhere too"
             shape_reads.append(user)
     return tuple(shape_reads)
-
-
-def _sizes_of_tokens(source: fx.Node) -> set[object]:
-    """The symbolic leading sizes of an activation, and its number of tokens."""
-    tokens, known = 1, set[object]()
-    for size in value_of(source).shape[:-1]:
-        tokens = tokens * size
-        if not isinstance(size, int):
-            known.add(size_expression(size))
-    if not isinstance(tokens, int):
-        known.add(size_expression(tokens))
-    return known

@@ -5,6 +5,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
 from torch.utils._sympy.functions import FloorDiv
 
 
@@ -30,3 +31,17 @@ def _quotient(numerator: sympy.Basic, denominator: sympy.Basic) -> sympy.Basic:
         if all(coefficient.is_integer for coefficient in coefficients):
             return quotient
     return FloorDiv(numerator, denominator)
+
+
+def size_inputs(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int | None]]:
+    """Where each symbol can be read: (input, dim), or (input, None) for an input that is an int."""
+    where: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt):
+            where.setdefault(value.node.expr, (position, None))
+        elif isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt):
+                    where.setdefault(size.node.expr, (position, dim))
+    return where

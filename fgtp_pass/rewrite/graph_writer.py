@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from fgtp_pass import dynamo
 from fgtp_pass.algebra.placement import Placement
 from fgtp_pass.collectives.groups import ComponentGroup
 from fgtp_pass.detect.match import LookupStage, Match, MatmulStage
 from fgtp_pass.detect.touching import Behind
-from fgtp_pass.graph.op_kinds import value_of
-from fgtp_pass.graph.size_expression import size_expression
+from fgtp_pass.graph.op_kinds import count_of, value_of
+from fgtp_pass.graph.size_expression import size_expression, size_inputs
 from fgtp_pass.plan.planner import PlannedGraph, PlannedSite
 from fgtp_pass.rewrite import moves
 from fgtp_pass.rewrite.group_values import GroupValues
@@ -41,6 +42,7 @@ class GraphWriter:
         # by node between sites: the site in front of it
         self.before = {n: link.last for link in planned.behind for n in link.region.inner}
         self.flat: dict[fx.Node, fx.Node] = {}
+        self.inputs = size_inputs(rewriter.old)
         self.needed = _needed_by_its_own_rank(planned)
 
     def write(self) -> None:
@@ -152,14 +154,28 @@ class GraphWriter:
         self.env[inner] = self.emit(torch.Tensor.expand, scalar, sizes)
 
     def _size_like(self, size: Any, tokens: Any, known: Sequence[fx.Node]) -> Any:
-        """A value equal to `size`, read from values that have it (detection has checked that)."""
+        """A value equal to `size`: read from values that have it, or computed from the inputs."""
         if isinstance(size, int):
             return size
         for node in known:
             for dim, other in enumerate(value_of(node).shape):
                 if size_expression(other) == size_expression(size):
                     return self.emit(torch.ops.aten.sym_size.int, self.env[node], dim)
-        return tokens
+        if isinstance(tokens, fx.Node) and size_expression(size) == count_of([value_of(tokens)]):
+            return tokens
+        return dynamo.emit_size(self.emit, size, self._symbols(size))
+
+    def _symbols(self, size: torch.SymInt) -> dict[Any, fx.Node]:
+        """The nodes that hold the symbols of a size, read from inputs (detection has checked)."""
+        inputs, where = self.rewriter.old.find_nodes(op="placeholder"), self.inputs
+        nodes = {}
+        for symbol in size.node.expr.free_symbols:
+            position, dim = where[symbol]
+            node = self.env[inputs[position]]
+            if dim is not None:
+                node = self.emit(torch.ops.aten.sym_size.int, node, dim)
+            nodes[symbol] = node
+        return nodes
 
 
 def _needed_by_its_own_rank(planned: PlannedGraph) -> set[fx.Node]:

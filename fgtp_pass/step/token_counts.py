@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from fgtp_pass.dynamo import SizeGuard
 from fgtp_pass.errors import FgtpError
-from fgtp_pass.graph.op_kinds import value_of
+from fgtp_pass.graph.size_expression import size_inputs
 from fgtp_pass.plan.planner import PlannedSite
 
 _KEPT = 1024  # sizes of inputs whose counts are kept
@@ -42,7 +41,7 @@ class TokenCounter:
     ):
         self.of_site = tuple(site.site.component for site in sites)
         self.components = tuple(dict.fromkeys(self.of_site))
-        where = _symbol_inputs(graph)
+        where = size_inputs(graph)
         counts = [sympy.sympify(site.match.tokens) for site in sites]
         self._count = _Evaluator(counts, where, self._counts_of)
         row_symbols = {symbol: n for guard in guards for symbol, n in guard.numbers.items()}
@@ -108,17 +107,3 @@ class _Evaluator:
             for position, dim in self._reads
         )
         return self._evaluate(*sizes)
-
-
-def _symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int | None]]:
-    """Where each size symbol can be read: (input, dim), or (input, None) for an int input."""
-    where: dict[sympy.Symbol, tuple[int, int | None]] = {}
-    for position, node in enumerate(graph.find_nodes(op="placeholder")):
-        value = value_of(node)
-        if isinstance(value, torch.SymInt):
-            where.setdefault(value.node.expr, (position, None))
-        elif isinstance(value, torch.Tensor):
-            for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt):
-                    where.setdefault(size.node.expr, (position, dim))
-    return where
