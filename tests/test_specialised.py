@@ -57,7 +57,15 @@ class Attention(Toy):
         return torch.tanh(self.o(a.reshape(-1, 16)).view(a.shape))
 
 
-MODELS = {"flat up": FlatUp, "flat attention": Attention}
+class MeanOfTokens(Toy):
+    """What is added to the FFN's result is one per sequence: with 1 token as many as tokens."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.mean(1, keepdim=True)
+        return self.down(F.relu(self.up(x))) + mean
+
+
+MODELS = {"flat up": FlatUp, "flat attention": Attention, "mean of tokens": MeanOfTokens}
 SHAPES = {"one sequence": (1, 6), "one token": (3, 1), "one of both": (1, 1), "more": (2, 6)}
 
 

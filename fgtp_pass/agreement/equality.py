@@ -14,16 +14,25 @@ _SHOWN = 4
 def require_same_items(meeting: Meeting, items: Mapping[str, str], what: str, advice: str) -> None:
     """Raise AgreementError on every rank, with what differs where, unless all have the same items.
 
+    Collective, as `differing_items` is.
+    """
+    odd = differing_items(meeting, items)
+    if odd:
+        raise AgreementError(f"{what} {odd}. {advice}", shared=True)
+
+
+def differing_items(meeting: Meeting, items: Mapping[str, str]) -> str:
+    """Which ranks have other items than the others, in words; an empty string if none has.
+
     items: by name. Collective. A digest of all travels; the items only where it differs.
     """
     text = "\n".join(f"{name} {value}" for name, value in items.items())
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     messages = meeting.exchange(Intent.SHARD, payload=digest)
     if len({message.payload for message in messages}) == 1:
-        return
+        return ""
     messages = meeting.exchange(Intent.SHARD, payload=dict(items))
-    odd = _some(_differences({message.rank: message.payload for message in messages}), "; ")
-    raise AgreementError(f"{what} {odd}. {advice}", shared=True)
+    return _some(_differences({message.rank: message.payload for message in messages}), "; ")
 
 
 def _differences(by_rank: Mapping[int, Mapping[str, str]]) -> list[str]:

@@ -16,7 +16,7 @@ from fgtp_pass.agreement.control_group import (
     all_ranks,
     reporting_failure,
 )
-from fgtp_pass.agreement.equality import require_same_items
+from fgtp_pass.agreement.equality import differing_items, require_same_items
 from fgtp_pass.agreement.hosts import ranks_on_smallest_host
 from fgtp_pass.agreement.message import Intent
 from fgtp_pass.backend.inner import Compiled, compile_inner
@@ -62,8 +62,8 @@ class Runtime:
             )
         # ragged steps learn the number of rows to run at when they exchange counts
         self._exchanges = options.check_tokens or options.tokens == "ragged"
-        # the parameters that the ranks have agreed on, with the class they had then
-        self._agreed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # by parameter, what the ranks have agreed on for it
+        self._agreed: Any = WeakIdKeyDictionary()
         self._controls: dict[int, ControlGroup] = {}
 
     @property
@@ -87,27 +87,35 @@ class Runtime:
         nothing.
         """
         parameters = [v for v in inputs if isinstance(v, nn.Parameter)]
-        if all(p in self._agreed and self._agreed[p] is type(p) for p in parameters):
-            return self._compile_again(gm, inputs)
+        agreed = [self._agreed.get(p) for p in parameters]
+        joins = all(one is None or one.joins for one in agreed)
+        kinds = [None if one is None else one.kind for one in agreed]
+        if kinds == [type(parameter) for parameter in parameters]:
+            return self._compile_again(gm, inputs, joins)
         with ONE_AT_A_TIME:
-            compiled = self._compile_together(gm, inputs, parameters)
+            compiled, joins = self._compile_together(gm, inputs, parameters, joins)
         for parameter in parameters:
-            self._agreed[parameter] = type(parameter)
+            self._agreed[parameter] = _Agreed(type(parameter), joins)
         return compiled
 
-    def _compile_again(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    def _compile_again(self, gm: fx.GraphModule, inputs: Sequence[Any], joins: bool) -> Compiled:
         in_force = _in_force(gm, inputs)
         with reporting_failure(self.step_control if self._exchanges and in_force else None):
             detection = self._detect(gm, inputs).only(in_force)
-            planned = self._plan(gm, inputs, detection)
+            planned = self._plan(gm, inputs, detection, joins)
             return self._compile(gm, inputs, self._write(gm, inputs, planned))
 
     def _compile_together(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], parameters: Sequence[nn.Parameter]
-    ) -> Compiled:
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        parameters: Sequence[nn.Parameter],
+        joins: bool,
+    ) -> tuple[Compiled, bool]:
         """Compile in step with all ranks, which agree before weights are touched and after.
 
-        A rank that fails makes all of them raise, and the weights are whole again.
+        A rank that fails makes all of them raise, and the weights are whole again. Also returns
+        whether sites that touch share stretches.
         """
         for size in sorted(self.group.run_in_step):
             # where another rank is in a step, all of them hear at once that this one is not
@@ -115,9 +123,9 @@ class Runtime:
         with reporting_failure(self.everyone):
             detection = self._detect(gm, inputs)
             self._chooser.see(detection)
-            planned = self._plan(gm, inputs, detection)
+            planned = self._plan(gm, inputs, detection, joins)
             check_requested(planned.plan, self.options.sizes.requested, self.options.allow_missing)
-        self._agree(planned.plan)
+        planned, joins = self._agree(gm, inputs, detection, planned, joins)
         with reporting_failure(self.everyone):
             written = self._write(gm, inputs, planned)
             checksums = self._checksums(inputs, written)
@@ -137,7 +145,7 @@ class Runtime:
             raise
         if written is not None:
             self.group.run_in_step.add(self.step_control.size)
-        return compiled
+        return compiled, joins
 
     def _give_back(
         self, before: Mapping[nn.Parameter, WeightSource | None], cause: Exception
@@ -166,17 +174,29 @@ class Runtime:
         return detect(gm.graph, inputs, self.options.all_patterns)
 
     def _plan(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], detection: Detection
+        self, gm: fx.GraphModule, inputs: Sequence[Any], detection: Detection, joins: bool
     ) -> PlannedGraph:
         """What to do with the graph, as far as it fits with what is sharded already."""
         in_force = _in_force(gm, inputs)
-        planned = plan_graph(detection, self.sizes, self.group.size, in_force)
+        planned = plan_graph(detection, self.sizes, self.group.size, in_force, joins=joins)
         chosen = tuple(self._chooser.chosen.values())
         plan = planned.plan.model_copy(update={"chosen": chosen})
         return replace(planned, plan=plan)
 
-    def _agree(self, plan: Plan) -> None:
-        """Compare options, library versions and sites on all ranks; raises on every one."""
+    def _agree(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        detection: Detection,
+        planned: PlannedGraph,
+        joins: bool,
+    ) -> tuple[PlannedGraph, bool]:
+        """Compare options, library versions and sites on all ranks; raises on every one.
+
+        A graph in which a size is the number 1 does not show what is broadcast over tokens, so a
+        rank with one token may see sites touch that do not on others. Then no sites share a
+        stretch, on any rank. Returns the plan, and whether they may.
+        """
         self.everyone.require_equal(
             {
                 "sizes": self.sizes,
@@ -186,12 +206,24 @@ class Runtime:
                 **library_versions(),
             }
         )
+        odd = differing_items(self.everyone, _by_name(planned.plan))
+        if not odd:
+            return planned, joins
+        with reporting_failure(self.everyone):
+            planned = self._plan(gm, inputs, detection, joins=False)
         require_same_items(
             self.everyone,
-            {f"{s.component} {s.weights[0].fqn}": s.model_dump_json() for s in plan.sites},
+            _by_name(planned.plan),
             "the data-parallel ranks differ in plan:",
             "They must run the same model with the same options and libraries.",
         )
+        if self.group.rank == 0:
+            log.warning(
+                "not all ranks see the same sites touch, so none of them share a stretch, which "
+                "costs up to one collective more per layer: %s",
+                odd,
+            )
+        return planned, False
 
     def _checksums(self, inputs: Sequence[Any], written: "Written | None") -> dict[str, str]:
         """Of the weights that are to be cut, by name; none if they are not to be compared."""
@@ -278,6 +310,17 @@ class Runtime:
         return compiled, guards
 
 
+@dataclass(frozen=True)
+class _Agreed:
+    """What the ranks agreed on for a parameter.
+
+    kind: the class that it had then. joins: whether sites that touch may share a stretch.
+    """
+
+    kind: type
+    joins: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Written:
     """A rewritten graph with its plan and the component groups that it names.
@@ -289,6 +332,10 @@ class Written:
     rewritten: RewrittenGraph
     groups: Mapping[int, ComponentGroup]
     packed: frozenset[int]
+
+
+def _by_name(plan: Plan) -> dict[str, str]:
+    return {f"{s.component} {s.weights[0].fqn}": s.model_dump_json() for s in plan.sites}
 
 
 def _in_force(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[WeightCut, int]]:
