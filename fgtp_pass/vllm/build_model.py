@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CompilationMode, ModelConfig, VllmConfig
 from vllm.distributed.parallel_state import get_dp_group
 
 from fgtp_pass.agreement.control_group import all_ranks, reporting_failure
@@ -74,6 +74,8 @@ def build_model(
     control.exchange(Intent.SHARD, payload="built")
     _give_head_to_logits(model, plan)
     _report(plan, group, model)
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        _report_slower(roles.values(), group)
     model.fgtp_plan = plan  # type: ignore[assignment]
     return model
 
@@ -106,6 +108,18 @@ def _give_head_to_logits(model: nn.Module, plan: Plan) -> None:
         sharded = getattr(layer, "fgtp", None)
         if sharded is not None and sharded.weight.fqn in heads:
             layer.fgtp_exchange = Exchange(sharded)  # type: ignore[assignment]
+
+
+def _report_slower(roles: Iterable[Role], group: DataParallelGroup) -> None:
+    """One line per FFN that moves more than it would in a graph, from its group's first rank."""
+    for role in {role.site: role for role in roles if role.apart}.values():
+        if group.rank % role.group_size == 0:
+            log.warning(
+                "fgtp: without a graph each projection of the FFN of %s moves whole activations, "
+                "which is right but slower: %s",
+                role.weight.fqn,
+                role.apart,
+            )
 
 
 def _report(plan: Plan, group: DataParallelGroup, model: nn.Module) -> None:

@@ -36,7 +36,7 @@ from fgtp_pass.options.options import Options
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan.plan import Plan, WeightCut
 from fgtp_pass.plan.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
-from fgtp_pass.vllm.stretch import Stretch, takes_cut_features
+from fgtp_pass.vllm.stretch import Stretch, why_not_cut
 
 _TOKENS = 8  # any count that is no other size of the model; the trace is for all counts
 
@@ -53,6 +53,7 @@ class Role(BaseModel):
     bias: WeightCut | None
     site: int
     ups: int  # of an FFN that may run in one stretch without a graph; else 0
+    apart: str  # of any other FFN: why each of its layers moves whole activations then
 
 
 @dataclass
@@ -286,7 +287,8 @@ def _roles(planned: PlannedGraph, model: nn.Module, construction: Construction) 
     parameters = dict(model.named_parameters())
     roles: dict[int, Role] = {}
     for site_number, site in enumerate(planned.sites):
-        for role in _site_roles(site, site_number, _ups(site, model)):
+        ups, apart = _stretch(site, model)
+        for role in _site_roles(site, site_number, ups, apart):
             for layer in owners[id(parameters[role.weight.fqn])]:
                 if id(layer) not in numbers:
                     raise DetectionError(
@@ -298,11 +300,15 @@ def _roles(planned: PlannedGraph, model: nn.Module, construction: Construction) 
     return roles
 
 
-def _ups(site: PlannedSite, model: nn.Module) -> int:
-    """How many projections of an FFN read its input, if it runs in one stretch without a graph."""
+def _stretch(site: PlannedSite, model: nn.Module) -> tuple[int, str]:
+    """How many projections of an FFN read its input, if it runs in one stretch without a graph;
+    else 0, and why it does not.
+    """
     first = site.match.stages[0]
-    if not isinstance(first, MatmulStage) or first.region is None or first.region.shape_reads:
-        return 0
+    if not isinstance(first, MatmulStage) or first.region is None:
+        return 0, ""
+    if first.region.shape_reads:
+        return 0, "its code reads the shape of its inner features"
     names = [
         site.cuts[matmul.weight.placeholder].fqn.removesuffix(".weight")
         for stage in site.match.stages
@@ -311,15 +317,16 @@ def _ups(site: PlannedSite, model: nn.Module) -> int:
         if matmul.weight is not None
     ]
     *ups, down = names
-    return len(ups) if takes_cut_features(model, ups, down, site.site.group_size) else 0
+    why_not = why_not_cut(model, ups, down, site.site.group_size)
+    return (0, why_not) if why_not else (len(ups), "")
 
 
-def _site_roles(site: PlannedSite, number: int, ups: int) -> Iterator[Role]:
+def _site_roles(site: PlannedSite, number: int, ups: int, apart: str) -> Iterator[Role]:
     component = site.site.component
     for stage, cut in zip(site.match.stages, site.path.cuts, strict=True):
         if isinstance(stage, LookupStage):
             cut_table = site.cuts[stage.lookup.weight.placeholder]
-            yield _role(site, cut, cut_table, None, number, ups)
+            yield _role(site, cut, cut_table, None, number, ups, apart)
             continue
         if stage.region is not None and stage.region.vectors:
             raise DetectionError(
@@ -330,7 +337,7 @@ def _site_roles(site: PlannedSite, number: int, ups: int) -> Iterator[Role]:
             assert matmul.weight is not None
             weight = site.cuts[matmul.weight.placeholder]
             bias = site.cuts[matmul.bias] if matmul.bias is not None else None
-            yield _role(site, cut, weight, bias, number, ups)
+            yield _role(site, cut, weight, bias, number, ups, apart)
 
 
 def _role(
@@ -340,6 +347,7 @@ def _role(
     bias: WeightCut | None,
     number: int,
     ups: int,
+    apart: str,
 ) -> Role:
     return Role(
         component=site.site.component,
@@ -349,4 +357,5 @@ def _role(
         bias=bias,
         site=number,
         ups=ups,
+        apart=apart,
     )

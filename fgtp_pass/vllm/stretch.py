@@ -14,7 +14,7 @@ from torch import nn
 
 from fgtp_pass.collectives import functional
 from fgtp_pass.collectives.groups import ComponentGroup
-from fgtp_pass.errors import FgtpError
+from fgtp_pass.errors import FgtpError, first_line
 
 _ROWS = 3
 
@@ -53,8 +53,9 @@ def check_arrived(x: torch.Tensor, features: int, name: str) -> None:
         )
 
 
-def takes_cut_features(model: nn.Module, ups: Iterable[str], down: str, size: int) -> bool:
-    """Whether the module around an FFN of a model on the meta device works at 1/size of its width.
+def why_not_cut(model: nn.Module, ups: Iterable[str], down: str, size: int) -> str:
+    """Why the module around an FFN of a model on the meta device does not work at 1/size of its
+    width; an empty string if it does.
 
     ups, down: names of its projections.
     """
@@ -82,12 +83,15 @@ def takes_cut_features(model: nn.Module, ups: Iterable[str], down: str, size: in
             for patch in patches:
                 patch.start()
             outer(x)
-        except Exception:  # it takes more than its input, or fixes widths: then it is not tried
-            return False
+        except Exception as error:  # it takes more than its input, or fixes widths
+            name = type(outer).__name__
+            return f"{name} cannot be run on cut features alone ({first_line(error)})"
         finally:
             for patch in patches:
                 patch.stop()
-    return arrived == [torch.Size((size * _ROWS, last.input_size // size))]
+    if arrived != [torch.Size((size * _ROWS, last.input_size // size))]:
+        return f"{type(outer).__name__} makes features of another width of cut ones"
+    return ""
 
 
 def _common(names: list[str]) -> str:

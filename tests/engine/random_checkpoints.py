@@ -64,6 +64,8 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "qwen3": Checkpoint("qwen3", _GQA | {"tie_word_embeddings": True}),
     "qwen2": Checkpoint("qwen2", _COMMON | {"num_key_value_heads": 2}),
     "gemma3": Checkpoint("gemma3", _GQA | {"query_pre_attn_scalar": 32}),
+    # its FFN stands in its layer, not in a module of its own
+    "opt": Checkpoint("opt", _COMMON | {"word_embed_proj_dim": 128, "ffn_dim": 256}),
     "mixtral": Checkpoint("mixtral", _GQA, options=_EXPERTS),
     "qwen3_moe": Checkpoint(
         "qwen3_moe", _GQA | {"num_experts": 4, "moe_intermediate_size": 64}, options=_EXPERTS
@@ -95,7 +97,6 @@ PLANNED: dict[str, Checkpoint] = CHECKPOINTS | {
         "mistral": _GQA,
         "gemma2": _GQA | {"query_pre_attn_scalar": 32},
         "gpt2": {"hidden_size": 128},
-        "opt": {"hidden_size": 128, "word_embed_proj_dim": 128},
         "phi": _MHA,
         "phi3": _MHA,
         "falcon": {"hidden_size": 128},

@@ -110,3 +110,15 @@ def test_without_a_graph(
             "all_gather_into_tensor": gathers,
             "all_to_all_single": exchanges,
         }, counted
+
+
+def test_an_ffn_that_moves_more_without_a_graph_says_so(
+    engines: Any, sharded: Callable[..., list[Answer]], unsharded: Callable[..., Answer]
+) -> None:
+    """OPT's layers hold their FFN themselves, so its code cannot be tried at a cut width."""
+    got = sharded("opt", merged(shared(), {"enforce_eager": True}))
+    assert_same(unsharded("opt"), got)
+    said = [line for line in engines(2).log(0).splitlines() if "moves whole activations" in line]
+    for layer in range(LAYERS):
+        (line,) = [line for line in said if f"layers.{layer}.fc2.weight" in line]
+        assert "OPTDecoderLayer cannot be run on cut features alone" in line
