@@ -1,6 +1,6 @@
 """What vLLM loads in every process, an entry point of `vllm.general_plugins`.
 
-Nothing here acts unless a configuration has `"passes": ["fgtp"]`.
+Nothing here acts unless a configuration has `"passes": ["fgtp"]`, or sizes that are lost without.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def _create_engine_config(stock: Any, self: Any, *args: Any, **kwargs: Any) -> A
 
     options = settings.read_options(self.compilation_config, self.additional_config)
     if options is None:
-        settings.warn_of_unused(self.additional_config)
+        settings.refuse_unused(self.additional_config)
         return stock(self, *args, **kwargs)
     from fgtp_pass.vllm import host, worker
 

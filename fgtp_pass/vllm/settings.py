@@ -1,6 +1,7 @@
 """What the user asked of the pass in a vLLM configuration, checked before anything is built."""
 
 import difflib
+import importlib.util
 import logging
 from typing import Any
 
@@ -60,15 +61,25 @@ def read_options(compilation: Any, additional: Any) -> Options | None:
     return parsed
 
 
-def warn_of_unused(additional: Any) -> None:
-    """Say so where sizes are set and the pass is not: vLLM-Ascend would read them, we do not."""
-    if isinstance(additional, dict) and COMPONENT_SIZES in additional:
-        log.warning(
-            '%s is set, but compilation_config has no "passes": ["%s"], so fgtp_pass shards '
-            "nothing.",
-            COMPONENT_SIZES,
-            PASS,
-        )
+def refuse_unused(additional: Any) -> None:
+    """Raise ConfigError where sizes are set and the pass is not, as when vLLM drops `passes`.
+
+    vLLM-Ascend reads the same key: where it is installed this is a warning.
+    """
+    if not isinstance(additional, dict) or not additional.get(COMPONENT_SIZES):
+        return
+    lost = (
+        f'{COMPONENT_SIZES} is set in additional_config, but passes does not contain "{PASS}", so '
+        "fgtp_pass would shard nothing."
+    )
+    if importlib.util.find_spec("vllm_ascend") is not None:
+        log.warning(lost)
+        return
+    raise ConfigError(
+        f"{lost} Of several compilation configs vLLM keeps the last, and options such as "
+        f"-cc.mode=3 count as the last: give -cc.passes={PASS} beside them, or put all into one "
+        f"JSON. To run unsharded, leave {COMPONENT_SIZES} out."
+    )
 
 
 def say_what_is_auto(additional: Any) -> None:

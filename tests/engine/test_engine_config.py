@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from engines import Engines, Job, engine_arguments, generate, set_environment, shared
 from fork_server import ForkServer
 from random_checkpoints import Checkpoints, prompts
+from served import refusals
 
 SIZES = {"oproj_tensor_parallel_size": 2}
 
@@ -73,6 +76,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "pooling": (shared() | {"runner": "pooling"}, "pooling models"),
     "multimodal": (shared() | {"multimodal": True}, "multimodal models"),
+    "sizes alone": (
+        ONE_RANK | {"additional_config": {"finegrained_tp_config": SIZES}},
+        'passes does not contain "fgtp"',
+    ),
     "worker": (shared() | {"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "Leave worker_cls"),
 }
 
@@ -83,7 +90,6 @@ def errors(engines: Any, checkpoint: Checkpoints) -> dict[str, str]:
         "good": shared(),
         "one string": shared() | {"compilation_config": {"passes": "fgtp"}},
         "pass alone": ON,
-        "sizes alone": ONE_RANK | {"additional_config": {"finegrained_tp_config": SIZES}},
     }
     return engines(1).run(errors_of, checkpoint("llama"), cases)[0]
 
@@ -93,13 +99,43 @@ def test_refused_with_a_reason(errors: dict[str, str], case: str) -> None:
     assert CASES[case][1] in errors[case]
 
 
-@pytest.mark.parametrize("case", ["good", "one string", "pass alone", "sizes alone"])
+@pytest.mark.parametrize("case", ["good", "one string", "pass alone"])
 def test_accepted(errors: dict[str, str], case: str) -> None:
     assert not errors[case]
 
 
-def test_sizes_without_the_pass_are_a_warning(errors: dict[str, str], engines: Any) -> None:
-    assert 'has no "passes": ["fgtp"], so fgtp_pass shards nothing' in engines(1).log(0)
+JSON = """-cc '{"passes": ["fgtp"]}'"""
+TWO_RANKS = "--data-parallel-size 2 --data-parallel-rank 0"
+TWICE = f"{JSON} -cc.mode=3"
+
+
+def on_the_command_line(model: str, flags: list[str], ascend: bool = False) -> dict[str, str]:
+    """By flags of `vllm serve` beside sizes, what its parser or configuration says of them.
+
+    ascend: whether vLLM-Ascend, which takes sizes without the pass, seems to be installed.
+    """
+    if ascend:
+        found: Any = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: name == "vllm_ascend" or found(name, *rest)
+    sizes = f"""--additional-config '{json.dumps({"finegrained_tp_config": SIZES})}'"""
+    commands = {one: f"vllm serve {model} {sizes} {one}" for one in flags}
+    return refusals(commands, {model: model})
+
+
+def test_passes_that_vllm_drops_are_missed(engines: Any, checkpoint: Checkpoints) -> None:
+    """An option beside a JSON is all that vLLM keeps of both."""
+    flags = [f"{TWO_RANKS} {one}" for one in (JSON, "-cc.passes=fgtp -cc.mode=3", TWICE)]
+    (said,) = engines(1).run(on_the_command_line, checkpoint("llama"), flags)
+    whole, dotted, dropped = said.values()
+    assert (whole, dotted) == ("", "")
+    assert "ConfigError" in dropped
+    assert "give -cc.passes=fgtp beside them" in dropped
+
+
+def test_sizes_for_vllm_ascend_are_a_warning(engines: Any, checkpoint: Checkpoints) -> None:
+    (said,) = engines(1).run(on_the_command_line, checkpoint("llama"), [TWICE], True)
+    assert said == {TWICE: ""}
+    assert "so fgtp_pass would shard nothing" in engines(1).log(0)
 
 
 def test_the_pass_without_sizes_is_said(errors: dict[str, str], engines: Any) -> None:
