@@ -1,24 +1,32 @@
 """`vllm serve` with two ranks and its default two API servers, over HTTP: clients at once, streams,
-logprobs of prompts, one that leaves.
+logprobs of prompts, one that leaves; and how it ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from engines import Answer, shared, tokens_of
-from fork_server import ForkServer
-from openai import OpenAI
+from fork_server import Fork, ForkServer, session
+from openai import APIError, OpenAI
 from random_checkpoints import Checkpoints, prompts
+from ranks import HANG
 from servers import serving
 from test_engine_tokens import TIE
 
-CLIENTS = 12
+CLIENTS, STREAMS = 12, 6
+PATIENCE = 60.0  # seconds that a server may take to end
 ASKING = (2, 3, 5, 7, 8)  # for logprobs of their prompts; by chance both API servers get some
 
 
@@ -77,3 +85,42 @@ def test_clients_at_once(
             assert after == pytest.approx(before, abs=TIE)
     assert "ApiServer_1" in log
     assert "fgtp: ranks 0 to 1 share" in log
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["at rest", "with requests"])
+def test_sigterm_ends_every_process(
+    checkpoint: Checkpoints, server: Callable[..., ForkServer], tmp_path: Path, busy: bool
+) -> None:
+    model, given = checkpoint("llama"), prompts(STREAMS)
+    sizes = json.dumps(shared()["additional_config"])
+    arguments = ("--data-parallel-size", "2", "-cc.passes=fgtp", "--additional-config", sizes)
+    with serving(server(), tmp_path / "served", model, *arguments) as served:
+
+        def ask(i: int) -> int:
+            """How many tokens came before the server was gone."""
+            client = OpenAI(base_url=served.url, api_key="none", timeout=120, max_retries=0)
+            tokens = 0
+            with contextlib.suppress(APIError, httpx.HTTPError):
+                for _ in client.completions.create(
+                    model=model, prompt=given[i], max_tokens=80, stream=True,
+                    extra_body={"ignore_eos": True},
+                ):  # fmt: skip
+                    tokens += 1
+                    started.release()
+            return tokens
+
+        started = threading.Semaphore(0)
+        with ThreadPoolExecutor(STREAMS) as pool:
+            answers = [pool.submit(ask, i) for i in (given if busy else ())]
+            for _ in range(2 * len(answers)):
+                assert started.acquire(timeout=HANG)
+            running = [Fork(p.pid) for p in session(served.process.pid)]
+            running.remove(served.process)  # which goes on as a process of these tests
+            assert len(running) >= 7  # 2 API servers, the coordinator, 2 engines with a worker each
+            os.kill(served.process.pid, signal.SIGTERM)
+            begun = time.monotonic()
+            for process in running:
+                process.join(PATIENCE + begun - time.monotonic())
+            left = [process for process in running if process.is_alive()]
+        assert not left, served.log.read_text()[-8000:]
+        assert any(answer.result() < 80 for answer in answers) or not busy
