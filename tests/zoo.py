@@ -299,6 +299,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture("deepseek_v3", "deepseek_v3", _DEEPSEEK | _GROUPED),
         Architecture(
+            "glm4_moe",
+            "glm4_moe",
+            _GQA16
+            | _EXPERTS
+            | _GROUPED
+            | {"num_hidden_layers": 3, "n_routed_experts": 4, "n_shared_experts": 1}
+            | {"first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True},
+        ),
+        Architecture(
             "gpt_oss",
             "gpt_oss",
             _GQA16

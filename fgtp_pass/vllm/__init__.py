@@ -5,8 +5,10 @@
     settings      what the user asked for, checked against the engine's configuration
     build_model   building the model: plan, agree with the other ranks, build
     meta_plan     which layers are sharded: the core's detection on a meta-device trace
+    layer_limits  the core's patterns, within what vLLM's layers can be cut into
     kept_plan     the plan from disk, where the same configuration was planned before
     born_sharded  layers that are born sharded, and emit marker ops
+    projections   the same for what makes queries, keys and values
     marker_ops    the marker ops: whole shapes for the graph, collectives when run eagerly
     graph_pass    the pass: marker ops -> the core's rewrite -> sharded matmuls and collectives
     fused_norms   add and norm in one op, taken apart where sites share a stretch across it
@@ -14,6 +16,7 @@
     work          what each rank does outside the graph, told to the others in vLLM's own message
     taking_part   where idle ranks take part in it
     stretch       an FFN without a graph
+    experts       how planning sees experts; shared ones, within vLLM's op, are such an FFN
     worker        the worker process, in which they do
     failure       what a rank says when another has failed
     lockstep      what keeps the data-parallel ranks in step

@@ -8,8 +8,6 @@ would hold without the pass; the layer's own all_reduce stays.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -32,7 +30,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from fgtp_pass.algebra.placement import Cut
-from fgtp_pass.collectives.groups import ComponentGroup
 from fgtp_pass.errors import ConfigError, DetectionError
 from fgtp_pass.plan.plan import WeightCut
 from fgtp_pass.vllm.marker_ops import (
@@ -56,40 +53,52 @@ class _Part:
         self.world_size = size
 
 
-@contextmanager
-def _born_in(group: ComponentGroup) -> Iterator[None]:
-    stock = parallel_state.get_tp_group()
-    part = _Part(stock.rank_in_group * group.size + group.rank, stock.world_size * group.size)
-    with mock.patch.object(parallel_state, "_TP", part):
-        yield
+def _part(role: Role, replicated: bool) -> _Part:
+    """replicated: each tensor-parallel rank of stock vLLM holds the whole layer."""
+    construction = current_construction()
+    assert construction is not None
+    group, stock = construction.groups[role.group_size], parallel_state.get_tp_group()
+    if replicated:
+        return _Part(group.rank, group.size)
+    return _Part(stock.rank_in_group * group.size + group.rank, stock.world_size * group.size)
 
 
-def _build(layer: nn.Module, stock: type[nn.Module], args: Any, kwargs: Any) -> Role | None:
-    """Build a layer of class `stock`, as a shard if it is planned. Returns its role if it is."""
+def role_or_whole(layer: nn.Module, stock: type[nn.Module], args: Any, kwargs: Any) -> Role | None:
+    """The role of a layer of class `stock` that is being built; without one it is built whole."""
     construction = current_construction()
     role = construction.role_of(layer) if construction is not None else None
-    if construction is None or role is None:
+    if role is None:
         layer.__class__ = stock  # LoRA and others compare types
-        stock.__init__(layer, *args, **kwargs)
-        return None
-    group = construction.groups[role.group_size]
-    if issubclass(stock, VocabParallelEmbedding):
-        parts = parallel_state.get_tp_group().world_size * group.size
-        padding = kwargs.get("padding_size", DEFAULT_VOCAB_PADDING_SIZE)
-        kwargs = kwargs | {"padding_size": math.lcm(padding, parts)}
-    with _born_in(group):
         stock.__init__(layer, *args, **kwargs)
     return role
 
 
-def _describe(
-    layer: Any, role: Role, full: tuple[int, int], cut_dim: int, blocks: int = 1
+def build_shard(
+    layer: nn.Module,
+    stock: type[nn.Module],
+    role: Role,
+    args: Any,
+    kwargs: Any,
+    replicated: bool = False,
+) -> None:
+    """Build a layer as `stock` would, as this rank's shard."""
+    with mock.patch.object(parallel_state, "_TP", _part(role, replicated)):
+        stock.__init__(layer, *args, **kwargs)
+
+
+def describe(
+    layer: Any,
+    role: Role,
+    full: tuple[int, int],
+    cut_dim: int,
+    blocks: int = 1,
+    replicated: bool = False,
 ) -> ShardedLayer:
     """Record how a layer was built. full: the shape of what its tensor-parallel rank would hold."""
     construction = current_construction()
     assert construction is not None
     group = construction.groups[role.group_size]
-    expected = parallel_state.get_tp_group().world_size * group.size
+    expected = _part(role, replicated).world_size
     if layer.tp_size != expected:
         raise DetectionError(
             f"{role.weight.fqn} was built in {layer.tp_size} parts in place of {expected}: the "
@@ -134,16 +143,17 @@ class ShardedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
     """o_proj or down: [..., in] -> [..., out] with the inputs of its weight cut."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        role = _build(self, RowParallelLinear, args, kwargs)
+        role = role_or_whole(self, RowParallelLinear, args, kwargs)
         if role is None:
             return
+        build_shard(self, RowParallelLinear, role, args, kwargs)
         if not self.input_is_parallel:
             raise DetectionError(f"{role.weight.fqn} splits its own input, which cannot be cut.")
         tp = parallel_state.get_tp_group()
         self._adds_bias = not self.skip_bias_add and tp.rank_in_group == 0
         self._reduces = self.reduce_results and tp.world_size > 1
         inputs = self.input_size_per_partition * role.group_size
-        self.fgtp = _describe(self, role, (self.output_size, inputs), cut_dim=1)
+        self.fgtp = describe(self, role, (self.output_size, inputs), cut_dim=1)
 
     def forward(self, input_: torch.Tensor) -> Any:
         bias, weight = self.bias if self._adds_bias else None, _plain_weight(self)
@@ -152,7 +162,8 @@ class ShardedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
         elif self.fgtp.stretch is None:
             out = whole_linear(self.fgtp, input_, weight, bias, self.output_size)
         else:
-            check_arrived(input_, self.input_size_per_partition, self.fgtp.weight.fqn)
+            name, component = self.fgtp.weight.fqn, self.fgtp.component
+            check_arrived(input_, self.input_size_per_partition, name, component)
             out = sum_of_cut(self.fgtp, input_, weight, bias)
         if self._reduces:
             out = tensor_model_parallel_all_reduce(out)
@@ -161,21 +172,31 @@ class ShardedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
         return out, self.bias if self.skip_bias_add else None
 
 
-def _finish_column(layer: Any, role: Role, output_sizes: list[int]) -> None:
+def finish_column(
+    layer: Any, role: Role, output_sizes: list[int], replicated: bool = False
+) -> None:
+    """Describe a layer whose outputs are cut. output_sizes: of its parts, each cut by itself."""
     tp = parallel_state.get_tp_group()
     if layer.gather_output and tp.world_size > 1:
         raise DetectionError(f"{role.weight.fqn} gathers its output, which cannot be cut.")
     if layer.skip_bias_add and layer.bias is not None:
         raise DetectionError(f"{role.weight.fqn} hands its bias on, which cannot be cut.")
-    if len(set(output_sizes)) > 1:
+    alike = len(set(output_sizes)) == 1
+    if not alike and role.component != "qkv":
         raise DetectionError(f"{role.weight.fqn} joins parts of different widths {output_sizes}.")
     outputs = layer.output_size_per_partition * role.group_size
-    layer.fgtp = _describe(
-        layer, role, (outputs, layer.input_size), cut_dim=0, blocks=len(output_sizes)
-    )
+    blocks = len(output_sizes) if alike else 1
+    layer.fgtp = describe(layer, role, (outputs, layer.input_size), 0, blocks, replicated)
+    layer.fgtp_parts = None if alike else layer.output_partition_sizes
 
 
-def _column_forward(layer: Any, x: torch.Tensor) -> Any:
+def _part_by_part(x: torch.Tensor, group_size: int, widths: list[int]) -> torch.Tensor:
+    """[..., features], rank by rank -> the same, part by part. widths: of a rank's parts."""
+    by_rank = x.reshape(*x.shape[:-1], group_size, sum(widths))
+    return torch.cat([part.flatten(-2) for part in torch.split(by_rank, widths, -1)], -1)
+
+
+def column_forward(layer: Any, x: torch.Tensor) -> Any:
     """The whole output where there is a graph; without one, in an FFN, this rank's features of
     all tokens of the group.
     """
@@ -188,6 +209,8 @@ def _column_forward(layer: Any, x: torch.Tensor) -> Any:
     else:
         everyone = sharded.stretch.gather(run, sharded.group, x)
         out = sharded.on_shard(everyone, weight, layer.bias)
+    if layer.fgtp_parts is not None:
+        out = _part_by_part(out, sharded.group.size, layer.fgtp_parts)
     return (out, None) if layer.return_bias else out
 
 
@@ -195,27 +218,34 @@ class ShardedColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
     """up: [..., in] -> [..., out] with the outputs of its weight cut."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        role = _build(self, ColumnParallelLinear, args, kwargs)
+        role = role_or_whole(self, ColumnParallelLinear, args, kwargs)
         if role is not None:
-            _finish_column(self, role, [self.output_size])
+            build_shard(self, ColumnParallelLinear, role, args, kwargs)
+            finish_column(self, role, [self.output_size])
 
     def forward(self, input_: torch.Tensor) -> Any:
-        return _column_forward(self, input_)
+        return column_forward(self, input_)
 
 
 class ShardedMergedColumnParallelLinear(MergedColumnParallelLinear):  # type: ignore[misc]
     """gate and up in one: [..., in] -> [..., 2*out], each of the two cut by itself."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        role = _build(self, MergedColumnParallelLinear, args, kwargs)
+        role = role_or_whole(self, MergedColumnParallelLinear, args, kwargs)
         if role is not None:
-            _finish_column(self, role, self.output_sizes)
+            build_shard(self, MergedColumnParallelLinear, role, args, kwargs)
+            finish_column(self, role, self.output_sizes)
 
     def forward(self, input_: torch.Tensor) -> Any:
-        return _column_forward(self, input_)
+        return column_forward(self, input_)
 
 
-def _finish_vocabulary(layer: Any, role: Role) -> None:
+def _build_vocabulary(
+    layer: Any, stock: type[nn.Module], role: Role, args: Any, kwargs: dict[str, Any]
+) -> None:
+    parts = _part(role, replicated=False).world_size
+    padding = math.lcm(kwargs.get("padding_size", DEFAULT_VOCAB_PADDING_SIZE), parts)
+    build_shard(layer, stock, role, args, kwargs | {"padding_size": padding})
     if role.component == "embedding" and not isinstance(
         layer.quant_method, UnquantizedEmbeddingMethod
     ):
@@ -224,17 +254,17 @@ def _finish_vocabulary(layer: Any, role: Role) -> None:
             "out of finegrained_tp_config."
         )
     rows = layer.num_embeddings_per_partition * role.group_size
-    layer.fgtp = _describe(layer, role, (rows, layer.embedding_dim), cut_dim=0)
+    layer.fgtp = describe(layer, role, (rows, layer.embedding_dim), cut_dim=0)
 
 
 class ShardedVocabParallelEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
     """embedding: ids [...] -> [..., features] with the rows of its table cut."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        role = _build(self, VocabParallelEmbedding, args, kwargs)
+        role = role_or_whole(self, VocabParallelEmbedding, args, kwargs)
         if role is None:
             return
-        _finish_vocabulary(self, role)
+        _build_vocabulary(self, VocabParallelEmbedding, role, args, kwargs)
         tp = parallel_state.get_tp_group()
         self._first_row = tp.rank_in_group * self.fgtp.weight.shape[0]
         self._reduces = tp.world_size > 1
@@ -275,9 +305,9 @@ class ShardedParallelLMHead(ParallelLMHead):  # type: ignore[misc]
     """lm_head: holds the cut weight; `logits.ShardedLogitsProcessor` applies it."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        role = _build(self, ParallelLMHead, args, kwargs)
+        role = role_or_whole(self, ParallelLMHead, args, kwargs)
         if role is not None:
-            _finish_vocabulary(self, role)
+            _build_vocabulary(self, ParallelLMHead, role, args, kwargs)
 
 
 LAYER_CLASSES: dict[str, type[nn.Module]] = {

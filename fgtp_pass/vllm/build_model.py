@@ -19,9 +19,11 @@ from fgtp_pass.plan.plan import Plan, format_bytes
 from fgtp_pass.versions import library_versions
 from fgtp_pass.vllm import host
 from fgtp_pass.vllm.born_sharded import LAYER_CLASSES, register
+from fgtp_pass.vllm.experts import run_in_order
 from fgtp_pass.vllm.kept_plan import plan_or_kept
 from fgtp_pass.vllm.logits import Exchange, ShardedLogitsProcessor
 from fgtp_pass.vllm.meta_plan import Construction, Role, constructing
+from fgtp_pass.vllm.projections import PROJECTION_CLASSES
 from fgtp_pass.vllm.settings import check_engine, is_drafter, read_options, step_settings
 
 log = logging.getLogger("vllm.fgtp_pass")
@@ -46,10 +48,9 @@ def build_model(
         with constructing(Construction(drafts=True)):
             return stock(loader, vllm_config, model_config, prefix)
     host.check_host()
-    check_engine(vllm_config)
+    check_engine(vllm_config, options)
     # the core's own messages go where vLLM's go, at its level
     logging.getLogger("fgtp_pass").parent = logging.getLogger("vllm")
-    register({**LAYER_CLASSES, "LogitsProcessor": ShardedLogitsProcessor})
     coordinator = get_dp_group()
     group = data_parallel_group(
         coordinator.device_group, timedelta(seconds=options.timeout_seconds)
@@ -59,6 +60,7 @@ def build_model(
         chooser = SizeChooser(
             options, group, control, ranks_on_smallest_host(group), coordinator.device
         )
+        register_layers(projections=not chooser.settled or chooser.sizes["qkv"] > 1)
         plan, roles = plan_or_kept(vllm_config, options, chooser, group.size)
     control.require_equal(
         {"plan": plan.fingerprint, "vllm": host.vllm_version()}
@@ -73,11 +75,18 @@ def build_model(
         _check_places(model, roles.values())
     control.exchange(Intent.SHARD, payload="built")
     _give_head_to_logits(model, plan)
+    run_in_order(model)
     _report(plan, group, model)
     if vllm_config.compilation_config.mode == CompilationMode.NONE:
         _report_slower(roles.values(), group)
     model.fgtp_plan = plan  # type: ignore[assignment]
     return model
+
+
+def register_layers(projections: bool) -> None:
+    """Put our classes in the place of vLLM's. projections: also those that only qkv needs."""
+    classes = {**LAYER_CLASSES, "LogitsProcessor": ShardedLogitsProcessor}
+    register(classes | PROJECTION_CLASSES if projections else classes)
 
 
 def _check_real(model: nn.Module) -> None:

@@ -34,6 +34,7 @@ log = logging.getLogger("vllm.fgtp_pass")
 
 _LINEAR = (torch.ops.fgtp.linear, torch.ops.fgtp.linear.default)
 _EMBEDDING = (torch.ops.fgtp.embedding, torch.ops.fgtp.embedding.default)
+_FFNS = ("mlp", "sharedexpert")
 
 
 def with_pass(backend: Any, inductor_options: dict[str, Any]) -> Callable[..., Any]:
@@ -182,8 +183,8 @@ class _Logical:
         return tuple(
             Pattern(component, "", find)
             for component, find in (
-                ("mlp", self._ffns),
-                ("single", self._singles),
+                ("ffn", self._ffns),
+                ("projection", self._projections),
                 ("embedding", self._lookups),
             )
         )
@@ -194,7 +195,7 @@ class _Logical:
     def _ffns(self, view: GraphView, found: Findings) -> Iterator[Match]:
         for down in view.matmuls:
             layer = self._layer(down)
-            if layer is None or layer.component != "mlp" or layer.cut is not Cut.IN:
+            if layer is None or layer.component not in _FFNS or layer.cut is not Cut.IN:
                 continue
             region = find_region(view, down)
             if isinstance(region, NoRegion):
@@ -211,14 +212,25 @@ class _Logical:
             ):
                 first = MatmulStage(region.ups, (Cut.OUT,), blocks, region)
                 second = MatmulStage((down,), (Cut.IN,), (1,))
-                yield Match("mlp", (first, second), region.ups[0].input, (down.node,))
+                yield Match(layer.component, (first, second), region.ups[0].input, (down.node,))
 
-    def _singles(self, view: GraphView, found: Findings) -> Iterator[Match]:
+    def _projections(self, view: GraphView, found: Findings) -> Iterator[Match]:
+        """Those that feed attention and read one activation share their collectives."""
+        sites: dict[Any, list[ParamMatmul]] = {}
         for matmul in view.matmuls:
             layer = self._layer(matmul)
-            if layer is not None and matmul.node not in found.claimed:
-                stage = MatmulStage((matmul,), (layer.cut,), (layer.weight.blocks,))
-                yield Match(layer.component, (stage,), matmul.input, (matmul.node,))
+            if layer is None or matmul.node in found.claimed:
+                continue
+            alone, read = layer.component != "qkv", view.exact_root(matmul.input)
+            dtypes = value_of(matmul.input).dtype, value_of(matmul.node).dtype
+            sites.setdefault(matmul.node if alone else (read, *dtypes), []).append(matmul)
+        for matmuls in sites.values():
+            layers = [self.layers[m.weight.placeholder] for m in matmuls if m.weight is not None]
+            stage = MatmulStage(
+                tuple(matmuls), (layers[0].cut,), tuple(layer.weight.blocks for layer in layers)
+            )
+            outputs = tuple(matmul.node for matmul in matmuls)
+            yield Match(layers[0].component, (stage,), matmuls[0].input, outputs)
 
     def _lookups(self, view: GraphView, found: Findings) -> Iterator[Match]:
         for lookup in view.lookups:

@@ -46,6 +46,15 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.linear.RowParallelLinear": ("input_size", "reduce_results"),
     "vllm.model_executor.layers.linear.ColumnParallelLinear": ("output_size", "gather_output"),
     "vllm.model_executor.layers.linear.MergedColumnParallelLinear": ("output_sizes",),
+    "vllm.model_executor.layers.linear.QKVParallelLinear": (
+        "head_size",
+        "total_num_heads",
+        "total_num_kv_heads",
+        "v_head_size",
+    ),
+    "vllm.model_executor.layers.linear.ReplicatedLinear": ("output_size", "disable_tp"),
+    "vllm.model_executor.models.deepseek_v2.DeepSeekV2FusedQkvAProjLinear": ("output_size",),
+    "vllm.model_executor.layers.attention.MLAAttention": ("kv_b_proj",),
     "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding": (
         "num_embeddings",
         "parallel_group",
@@ -61,7 +70,11 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner.forward": (
         "hidden_states",
         "router_logits",
+        "shared_experts_input",
     ),
+    "vllm.model_executor.layers.fused_moe.runner.shared_experts.SharedExperts"
+    "._determine_shared_experts_order": ("hidden_states",),
+    "vllm.model_executor.layers.fused_moe.runner.shared_experts.SharedExpertsOrder.NO_OVERLAP": (),
     "vllm.model_executor.model_loader.base_loader.BaseModelLoader.create_model": (
         "vllm_config",
         "model_config",

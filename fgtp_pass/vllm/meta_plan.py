@@ -8,7 +8,7 @@ model builds its layers, which is the same every time, never by its name.
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -28,14 +28,14 @@ from fgtp_pass import dynamo
 from fgtp_pass.algebra.placement import Cut
 from fgtp_pass.collectives.groups import ComponentGroup
 from fgtp_pass.detect.detect import detect
-from fgtp_pass.detect.match import Findings, LookupStage, Match, MatmulStage, Pattern, Refusal
+from fgtp_pass.detect.match import LookupStage, MatmulStage, Pattern
 from fgtp_pass.errors import DetectionError, FgtpError, first_line
-from fgtp_pass.graph.dataflow import GraphView
 from fgtp_pass.options.auto_sizes import SizeChooser
 from fgtp_pass.options.options import Options
-from fgtp_pass.patterns import BUILTIN
-from fgtp_pass.plan.plan import Plan, WeightCut
+from fgtp_pass.plan.plan import LeftAlone, Plan, WeightCut
 from fgtp_pass.plan.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
+from fgtp_pass.vllm.experts import traced_experts
+from fgtp_pass.vllm.layer_limits import absorbed, patterns_for
 from fgtp_pass.vllm.stretch import Stretch, why_not_cut
 
 _TOKENS = 8  # any count that is no other size of the model; the trace is for all counts
@@ -108,10 +108,9 @@ def plan_model(
     Raises DetectionError where a component that was asked for has no site, tied weights were given
     different sizes, or the model cannot be traced.
     """
-    config = _planning_config(config)
-    construction = Construction()
+    construction, whole = Construction(), dict[str, str]()
     try:
-        model, planned = _plan_on_meta(config, construction, chooser, data_parallel_size)
+        model, planned = _plan_on_meta(config, construction, chooser, whole, data_parallel_size)
     except FgtpError:
         raise
     except Exception as error:
@@ -120,18 +119,40 @@ def plan_model(
             f"{names} cannot be planned, since vLLM's model code cannot be traced without data: "
             f'{first_line(error)}. Without "fgtp" in passes it runs unsharded.'
         ) from error
-    plan = planned.plan.model_copy(update={"chosen": tuple(chooser.chosen.values())})
+    absent = tuple(LeftAlone(fqn=name, reason=why) for name, why in absorbed(model).items())
+    plan = planned.plan.model_copy(
+        update={
+            "chosen": tuple(chooser.chosen.values()),
+            "left_alone": (*planned.plan.left_alone, *absent),
+        }
+    )
+    _check_whole(plan, options, whole)
     check_requested(plan, options.sizes.requested, options.allow_missing)
     return plan, _roles(planned, model, construction)
+
+
+def _check_whole(plan: Plan, options: Options, whole: Mapping[str, str]) -> None:
+    """Raise DetectionError if vLLM can cut no weight of a component that was asked for."""
+    present = {site.component for site in plan.sites}
+    for component in options.sizes.requested:
+        if component in whole and component not in {*present, *options.allow_missing}:
+            raise DetectionError(
+                f"{whole[component]}. Leave {component} out of finegrained_tp_config."
+            )
 
 
 def _plan_on_meta(
     config: VllmConfig,
     construction: Construction,
     chooser: SizeChooser,
+    whole: dict[str, str],
     data_parallel_size: int,
 ) -> tuple[nn.Module, PlannedGraph]:
-    """The model on the meta device, with its layers in `construction`, and what is planned."""
+    """The model on the meta device, with its layers in `construction`, and what is planned.
+
+    whole: see `patterns_for`.
+    """
+    real, config = config, _planning_config(config)
     with ExitStack() as stack:
         stack.enter_context(dynamo.no_function_modes())  # vLLM builds models within one
         stack.enter_context(set_current_vllm_config(config))
@@ -147,14 +168,18 @@ def _plan_on_meta(
         for layer in model.modules():
             if hasattr(layer, "quant_method"):
                 layer.cpu_linear = F.linear  # what loading weights would have set on a CPU
-        stack.enter_context(mock.patch.object(MoERunner, "forward", _opaque_moe))
+            if hasattr(layer, "_use_min_latency_gemm"):
+                layer._use_min_latency_gemm = False  # a kernel of one model's, on one GPU
+        stack.enter_context(mock.patch.object(MoERunner, "forward", traced_experts))
         # token counts are given: vLLM would ask the other ranks, who may have a plan and not come
         ranks = config.parallel_config.data_parallel_size
         counts = torch.full((ranks,), _TOKENS, dtype=torch.int32, device="cpu")
         stack.enter_context(
             set_forward_context(None, config, num_tokens=_TOKENS, num_tokens_across_dp=counts)
         )
-        return model, _trace(model, chooser, data_parallel_size)
+        cuttable = {id(layer) for layer in construction.built}
+        patterns = patterns_for(real, model, cuttable, chooser.sizes, whole)
+        return model, _trace(model, patterns, chooser, data_parallel_size)
 
 
 def _planning_config(config: VllmConfig) -> VllmConfig:
@@ -194,48 +219,13 @@ class _Step(nn.Module):
         return logits
 
 
-_library: Any = torch.library.Library("fgtp", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("moe(Tensor hidden_states, Tensor router_logits) -> Tensor")
-
-
-def _moe_shape(hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(hidden_states)
-
-
-torch.library.register_fake("fgtp::moe", _moe_shape, lib=_library)
-
-
-def _opaque_moe(
-    self: nn.Module, hidden_states: torch.Tensor, router_logits: torch.Tensor, *_rest: Any
-) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.fgtp.moe(hidden_states, router_logits)
-    return out
-
-
-def _rows_cut(pattern: Pattern) -> Pattern:
-    """o_proj with its inputs cut only: vLLM holds it in a RowParallelLinear."""
-
-    def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
-        for result in pattern.find(view, found):
-            if isinstance(result, Match):
-                stages = tuple(
-                    replace(stage, cuts=(Cut.IN,)) if isinstance(stage, MatmulStage) else stage
-                    for stage in result.stages
-                )
-                result = replace(result, stages=stages)
-            yield result
-
-    return replace(pattern, find=find)
-
-
-_PATTERNS = tuple(_rows_cut(p) if p.component == "oproj" else p for p in BUILTIN if not p.opt_in)
-
-
 class _TracedError(Exception):
     """Ends the call that was only made to be traced."""
 
 
-def _trace(model: nn.Module, chooser: SizeChooser, data_parallel_size: int) -> PlannedGraph:
+def _trace(
+    model: nn.Module, patterns: Sequence[Pattern], chooser: SizeChooser, data_parallel_size: int
+) -> PlannedGraph:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: list[PlannedGraph] = []
 
@@ -247,7 +237,7 @@ def _trace(model: nn.Module, chooser: SizeChooser, data_parallel_size: int) -> P
                 for new, old in zip(plain, inputs, strict=True)
                 if id(old) in names
             }
-            detection = detect(gm.graph, plain, _PATTERNS, named)
+            detection = detect(gm.graph, plain, patterns, named)
             chooser.see(detection)
             found.append(plan_graph(detection, chooser.sizes, data_parallel_size))
             raise _TracedError

@@ -40,7 +40,7 @@ def _create_engine_config(stock: Any, self: Any, *args: Any, **kwargs: Any) -> A
 
     host.check_host()
     config = stock(self, *args, **kwargs)
-    settings.check_engine(config)
+    settings.check_engine(config, options)
     ranks = config.parallel_config.data_parallel_size
     options.sizes.resolve(ranks, ranks)  # so that a size that does not fit is told here
     settings.say_what_is_auto(self.additional_config)

@@ -49,16 +49,7 @@ def read_options(compilation: Any, additional: Any) -> Options | None:
         if key not in _OPTIONS:
             raise ConfigError(f"unknown option {key!r} in {OPTIONS}.{nearest_hint(key, _OPTIONS)}")
     sizes = {COMPONENT_SIZES: given.get(COMPONENT_SIZES)}
-    parsed = parse_options({"timeout_seconds": _TIMEOUT_SECONDS, **options, **sizes})
-    by_component = parsed.sizes.by_component
-    for pattern in BUILTIN:
-        asked = pattern.component not in parsed.sizes.not_asked
-        if pattern.opt_in and asked and by_component[pattern.component] != 1:
-            raise ConfigError(
-                f"{pattern.config_key}: in vLLM {pattern.component} stays whole so far. Leave the "
-                "key out; the torch.compile backend has it."
-            )
-    return parsed
+    return parse_options({"timeout_seconds": _TIMEOUT_SECONDS, **options, **sizes})
 
 
 def refuse_unused(additional: Any) -> None:
@@ -87,9 +78,11 @@ def say_what_is_auto(additional: Any) -> None:
     if not isinstance(additional, dict) or COMPONENT_SIZES not in additional:
         log.info(
             'no %s in additional_config, so every component is "auto": by predicted cost with a '
-            "decode_batch or an objective in %s, else the largest size within a host.",
+            "decode_batch or an objective in %s, else the largest size within a host, but off for "
+            "%s.",
             COMPONENT_SIZES,
             OPTIONS,
+            " and ".join(p.component for p in BUILTIN if p.opt_in),
         )
 
 
@@ -126,7 +119,13 @@ def is_drafter(model_config: Any, speculative: Any) -> bool:
     )
 
 
-def check_engine(config: Any) -> None:
+SEQUENCE_PARALLEL = (
+    "with tensor and expert parallelism at once vLLM's experts are sequence-parallel, and every "
+    "tensor-parallel rank holds the shared ones whole"
+)
+
+
+def check_engine(config: Any, options: Options) -> None:
     """Raise ConfigError for what the pass does not support in a `VllmConfig`, with the reason."""
     parallel = config.parallel_config
     speculative = config.speculative_config
@@ -156,6 +155,9 @@ def check_engine(config: Any) -> None:
         "drafts whose number changes (num_speculative_tokens_per_batch_size): ranks would draft "
         "different numbers of times": (
             speculative is not None and speculative.uses_dynamic_speculative_decoding()
+        ),
+        f"sharedexpert here: {SEQUENCE_PARALLEL}": (
+            "sharedexpert" in options.sizes.requested and parallel.use_sequence_parallel_moe
         ),
         "multimodal models: not tried": config.model_config.is_multimodal_model,
         "pooling models: not tried": config.model_config.runner_type != "generate",

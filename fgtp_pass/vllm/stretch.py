@@ -43,13 +43,13 @@ class Stretch:
         return everyone
 
 
-def check_arrived(x: torch.Tensor, features: int, name: str) -> None:
+def check_arrived(x: torch.Tensor, features: int, name: str, component: str) -> None:
     """Raise FgtpError unless the features that reach down are those of its shard."""
     if x.dim() != 2 or x.shape[1] != features:
         raise FgtpError(
             f"{name} got an input of shape {tuple(x.shape)} in the place of [tokens, {features}]: "
             "the code before it does not work on cut features. Please report this model, and leave "
-            "mlp out of finegrained_tp_config."
+            f"{component} out of finegrained_tp_config."
         )
 
 

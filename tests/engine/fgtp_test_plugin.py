@@ -1,6 +1,7 @@
 """Loaded in every vLLM process of a test: stacks on SIGUSR1, the bytes of the weights; where
 FGTP_TEST_PIECEWISE is set, the compilation mode that vLLM uses on GPUs; where FGTP_TEST_PLAIN is,
-plain weights, as there; where FGTP_TEST_MEMORY is, the memory that loading takes.
+plain weights, as there; where FGTP_TEST_OPAQUE is, experts in one op and shared ones beside it, as
+there; where FGTP_TEST_MEMORY is, the memory that loading takes.
 """
 
 import faulthandler
@@ -20,6 +21,8 @@ def install() -> None:
     _force_piecewise()
     if "FGTP_TEST_PLAIN" in os.environ:
         _leave_weights_plain()
+    if "FGTP_TEST_OPAQUE" in os.environ:
+        _make_experts_opaque()
     if "FGTP_TEST_MEMORY" in os.environ:
         _watch_memory()
     if "FGTP_TEST_PIECEWISE" in os.environ:
@@ -58,6 +61,28 @@ def _leave_weights_plain() -> None:
         layer.cpu_linear = F.linear
 
     utils.dispatch_cpu_unquantized_gemm = dispatch
+
+
+def _make_experts_opaque() -> None:
+    """On CPUs Dynamo looks into the code of experts; elsewhere they are one op, and shared ones run
+    on a stream that CPUs have not.
+    """
+    import torch
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.layers.fused_moe.runner.shared_experts import (
+        SharedExperts,
+        SharedExpertsOrder,
+    )
+
+    def select(self: Any) -> Any:
+        ops = torch.ops.vllm
+        return ops.moe_forward if self.shared_experts is None else ops.moe_forward_shared
+
+    def order(self: Any, hidden_states: Any) -> SharedExpertsOrder:
+        return SharedExpertsOrder.MULTI_STREAM_OVERLAPPED
+
+    MoERunner._select_forward = select
+    SharedExperts._determine_shared_experts_order = order
 
 
 def _count_weights() -> None:

@@ -1,6 +1,7 @@
 """Plans vLLM models on the meta device, without an engine; runs in a process of its own."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,14 @@ class Planned:
 
 
 def plan_all(
-    folders: dict[str, str], components: dict[str, tuple[str, ...]], port: int
+    folders: dict[str, str],
+    components: dict[str, tuple[str, ...]],
+    port: int,
+    block: int = 0,
+    parallel: Mapping[str, Any] | None = None,
 ) -> dict[str, Planned]:
-    """The plan of each checkpoint for two ranks. components: those asked for, by name.
+    """The plan of each checkpoint for two data-parallel ranks. components: asked for, by name.
+    block: of the weights, if they are quantised in blocks. parallel: fields of `ParallelConfig`.
 
     The first is to be a model with experts, for which vLLM makes the groups that only they need.
     """
@@ -33,21 +39,27 @@ def plan_all(
         initialize_model_parallel,
     )
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
-    from fgtp_pass.vllm.born_sharded import LAYER_CLASSES, register
-    from fgtp_pass.vllm.logits import ShardedLogitsProcessor
+    from fgtp_pass.vllm.build_model import register_layers
 
-    register({**LAYER_CLASSES, "LogitsProcessor": ShardedLogitsProcessor})
+    register_layers(projections=True)
     found = {}
     for name, folder in folders.items():
         config = EngineArgs(
             folder, skip_tokenizer_init=True, dtype="float32", max_model_len=128
         ).create_engine_config()
+        if block:
+            config.quant_config = Fp8Config(
+                True, activation_scheme="dynamic", weight_block_size=[block, block]
+            )
         torch._dynamo.reset()
         if not found:
             with set_current_vllm_config(config):
                 init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
                 initialize_model_parallel(1, 1)
+        for key, value in (parallel or {}).items():
+            setattr(config.parallel_config, key, value)
         found[name] = plan_one(config, components[name])
     return found
 

@@ -34,8 +34,20 @@ class Checkpoint:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Those that the model has."""
-        return tuple(c for c, names in zoo.ARCHITECTURES[self.name].expected.items() if names)
+        """Those that the model has, but for opt-in ones."""
+        return self._have(zoo.COMPONENTS)
+
+    @property
+    def opt_in(self) -> tuple[str, ...]:
+        """The opt-in components that the model has."""
+        return self._have(zoo.OPT_IN)
+
+    def weights(self, component: str) -> tuple[str, ...]:
+        """The names of those of the component, in the checkpoint."""
+        return zoo.components(zoo.build(self.name, device="meta", **self.overrides))[component]
+
+    def _have(self, components: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(c for c in components if zoo.ARCHITECTURES[self.name].expected[c])
 
     def write(self, folder: Path, weights: bool = True) -> str:
         """The checkpoint as transformers saves it, or only its configuration."""
@@ -51,7 +63,15 @@ class Checkpoint:
 
 
 _MHA: dict[str, Any] = _COMMON | {"num_key_value_heads": 4}
+_MLA: dict[str, Any] = (
+    _MHA
+    | {"moe_intermediate_size": 64, "kv_lora_rank": 512, "qk_nope_head_dim": 32}
+    | {"qk_rope_head_dim": 64, "v_head_dim": 32, "q_lora_rank": 48}
+)
 _EXPERTS: dict[str, Any] = {"enable_expert_parallel": True, "enforce_eager": True}
+# vLLM's CPU kernel for rotary embeddings is wrong for MLA, whose k is a slice of a wider tensor:
+# tokens then depend on the other requests of a batch
+_LATENT: dict[str, Any] = _EXPERTS | {"compilation_config": {"custom_ops": ["none"]}}
 
 CHECKPOINTS: dict[str, Checkpoint] = {
     "llama": Checkpoint("llama", _GQA),
@@ -70,17 +90,17 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "qwen3_moe": Checkpoint(
         "qwen3_moe", _GQA | {"num_experts": 4, "moe_intermediate_size": 64}, options=_EXPERTS
     ),
-    "deepseek_v3": Checkpoint(
-        "deepseek_v3",
-        _COMMON
-        | {"num_key_value_heads": 4, "moe_intermediate_size": 64}
-        | {"kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64}
-        | {"v_head_dim": 32, "q_lora_rank": 48},
-        saved={"topk_method": "noaux_tc"},
-        # vLLM's CPU kernel for rotary embeddings is wrong for MLA, whose k is a slice of a wider
-        # tensor: tokens then depend on the other requests of a batch
-        options=_EXPERTS | {"compilation_config": {"custom_ops": ["none"]}},
+    "qwen2_moe": Checkpoint(
+        "qwen2_moe",
+        _MHA | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+        options=_EXPERTS,
     ),
+    "deepseek_v3": Checkpoint(
+        "deepseek_v3", _MLA, saved={"topk_method": "noaux_tc"}, options=_LATENT
+    ),
+    # its q has no latent, and reads what the latent of k and v reads
+    "deepseek_v2": Checkpoint("deepseek_v2", _MLA | {"q_lora_rank": None}, options=_LATENT),
+    "glm4_moe": Checkpoint("glm4_moe", _GQA | {"moe_intermediate_size": 64}, options=_EXPERTS),
 }
 
 
@@ -108,8 +128,6 @@ PLANNED: dict[str, Checkpoint] = CHECKPOINTS | {
         "glm4": _GQA,
         "starcoder2": _MHA,
         "stablelm": _MHA,
-        "qwen2_moe": _MHA,
-        "deepseek_v2": CHECKPOINTS["deepseek_v3"].overrides,
         "llama4": _GQA,
     }.items()
 }

@@ -65,6 +65,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "size": (shared("oproj", size=3), "does not divide the data-parallel size 2"),
     "one rank": (shared() | ONE_RANK, "data_parallel_size = 1"),
     "pipeline": (shared() | {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+    "sequence-parallel experts": (
+        shared("sharedexpert") | {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        "every tensor-parallel rank holds the shared ones whole",
+    ),
     "LoRA": (shared() | {"enable_lora": True}, "LoRA"),
     "launcher": (
         shared() | {"distributed_executor_backend": "external_launcher"},

@@ -9,6 +9,8 @@ from planning import Planned, plan_all
 from random_checkpoints import PLANNED, UNPLANNED, Checkpoint
 from ranks import free_port
 
+SIX = (*zoo.COMPONENTS, *zoo.OPT_IN)
+
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory, engines: Any) -> dict[str, Planned]:
@@ -17,7 +19,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory, engines: Any) -> dict[str,
     every: dict[str, Checkpoint] = PLANNED | UNPLANNED
     names = sorted(every, key=lambda name: name != "mixtral")  # see plan_all
     folders = {name: every[name].write(folder / name, weights=False) for name in names}
-    components = {name: every[name].components for name in names}
+    components = {name: every[name].components + every[name].opt_in for name in names}
     return engines(1).run(plan_all, folders, components, free_port())[0]
 
 
@@ -25,13 +27,16 @@ def planned(tmp_path_factory: pytest.TempPathFactory, engines: Any) -> dict[str,
 def test_sites(planned: dict[str, Planned], name: str) -> None:
     plan = planned[name]
     assert not plan.error
-    assert set(plan.sites) == set(PLANNED[name].components)
+    assert set(plan.sites) == {*PLANNED[name].components, *PLANNED[name].opt_in}
     for component, weights in plan.sites.items():
         for fqn in weights:
             tied = component == "lmhead" and zoo.categorize(fqn) == "embedding"
             assert tied or zoo.categorize(fqn) == component, fqn
-    missed = {fqn: why for fqn, why in plan.left.items() if zoo.categorize(fqn) in zoo.COMPONENTS}
-    assert not missed
+    missed = {fqn: why for fqn, why in plan.left.items() if zoo.categorize(fqn) in SIX}
+    absorbed = {fqn for fqn, why in missed.items() if "takes it apart when it is loaded" in why}
+    assert missed.keys() == absorbed
+    assert all("kv_b_proj" in fqn for fqn in absorbed)
+    assert bool(absorbed) == name.startswith("deepseek")
 
 
 @pytest.mark.parametrize(("name", "model_class"), [("bloom", "Bloom"), ("nemotron", "Nemotron")])
@@ -40,3 +45,33 @@ def test_a_model_that_cannot_be_traced_is_refused(
 ) -> None:
     assert f"{model_class}ForCausalLM cannot be planned" in planned[name].error
     assert "runs unsharded" in planned[name].error
+
+
+def test_blocks_that_shards_would_cut(tmp_path: Path, engines: Any) -> None:
+    """fp8 in blocks of 64: latents of 48 stay whole, and what is made of them is cut."""
+    names = ("deepseek_v3", "qwen3")
+    folders = {name: PLANNED[name].write(tmp_path / name, weights=False) for name in names}
+    asked = dict.fromkeys(names, ("qkv",))
+    (plans,) = engines(1).run(plan_all, folders, asked, free_port(), 64)
+    layers = range(3)
+    cut = {f"model.layers.{i}.self_attn.q_b_proj.weight" for i in layers}
+    assert plans["deepseek_v3"].sites == {"qkv": cut}
+    for i in layers:
+        why = plans["deepseek_v3"].left[f"model.layers.{i}.self_attn.fused_qkv_a_proj.weight"]
+        assert "quantised in blocks of 64 outputs" in why
+    assert "qkv_proj.weight: it is quantised in blocks" in plans["qwen3"].error
+
+
+def test_what_tensor_parallel_ranks_hold_more_than_once(tmp_path: Path, engines: Any) -> None:
+    """Two heads of k and v on four ranks, and shared experts on two."""
+
+    def plan(name: str, component: str, **parallel: Any) -> Planned:
+        folders = {name: PLANNED[name].write(tmp_path / name, weights=False)}
+        (plans,) = engines(1).run(plan_all, folders, {name: (component,)}, free_port(), 0, parallel)
+        return plans[name]
+
+    heads = plan("mixtral", "qkv", tensor_parallel_size=4)
+    assert "2 heads of k and v for 4 tensor-parallel ranks" in heads.error
+    both = {"tensor_parallel_size": 2, "data_parallel_size": 2, "enable_expert_parallel": True}
+    experts = plan("qwen2_moe", "sharedexpert", **both)
+    assert "every tensor-parallel rank holds the shared ones whole" in experts.error
