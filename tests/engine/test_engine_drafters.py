@@ -90,7 +90,7 @@ def test_tokens_are_those_of_the_target(
     alone = unsharded(name, {"run": _everything}, **log)
     model, speculative = _drafter(kind, target, tmp_path / "drafter")
     options = merged(
-        shared(*CHECKPOINTS[name].components),
+        shared(*CHECKPOINTS[name].components, *CHECKPOINTS[name].opt_in),
         CHECKPOINTS[name].options,
         {"speculative_config": speculative} | log,
     )

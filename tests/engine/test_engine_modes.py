@@ -104,7 +104,8 @@ def test_four_ranks_with_mixed_sizes(unsharded: One, sharded: Run) -> None:
 @full
 def test_beside_tensor_parallelism(unsharded: One, sharded: Run) -> None:
     name = "qwen3"  # tied, with norms of q and k
-    options = merged(shared(), {"tensor_parallel_size": 2}, CHECKPOINTS[name].options)
+    every = (*CHECKPOINTS[name].components, *CHECKPOINTS[name].opt_in)
+    options = merged(shared(*every), {"tensor_parallel_size": 2}, CHECKPOINTS[name].options)
     got = sharded(name, options, processes="fork")
     assert_same(unsharded(name), got)
     assert all(len(answer.found) == 2 for answer in got)

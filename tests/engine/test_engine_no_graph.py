@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from engines import Answer, Job, generate, merged, shared
+from engines import COMPONENTS, Answer, Job, generate, merged, shared
 from random_checkpoints import Checkpoints, prompts
 from test_engine_tokens import assert_same
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,9 +87,10 @@ def test_without_a_graph(
     mode: str,
 ) -> None:
     model, given = checkpoint("llama"), _same_lengths(4)
-    options, environment = merged(shared(), {"enforce_eager": True}), {}
+    every = shared(*COMPONENTS, "qkv")
+    options, environment = merged(every, {"enforce_eager": True}), {}
     if mode == "breakable":
-        options, environment = shared(), {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
+        options, environment = every, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
     parts = ([0, 4], [8, 12])
     jobs = [
         Job(model, {i: given[i] for i in part}, options, environment, run=_recorded)
@@ -103,8 +104,9 @@ def test_without_a_graph(
             assert not [op for op in step if any(read in op[0] for read in HOST_READS)]
             assert not [op for op in step if op[0] == "torch.distributed"]
         assert decode[0] == decode[1] == decode[2]
-        # ids, and each FFN's tokens; the embedding's sums, each o_proj's cut and sums, each FFN's
-        gathers, exchanges = 1 + LAYERS, 1 + 2 * LAYERS + LAYERS
+        # ids, and the tokens of each FFN and each qkv; the embedding's sums, each o_proj's cut and
+        # sums, each FFN's sums, each qkv's features
+        gathers, exchanges = 1 + 2 * LAYERS, 1 + 4 * LAYERS
         counted = _counted(decode[0])
         assert counted == {
             "all_gather_into_tensor": gathers,

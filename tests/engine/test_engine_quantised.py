@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Job, merged, shared
+from engines import COMPONENTS, Job, merged, shared
 from marks import full
 from quantised import write_int4, write_int8
 from random_checkpoints import Checkpoints, parts, prompts
@@ -42,10 +42,10 @@ def test_what_tensor_parallelism_gives(
     given = prompts()
     whole = {"tensor_parallel_size": 2, "enforce_eager": True, "dtype": dtype}
     want = engines(1)(Job(model, given, whole, processes="fork"))[0]
-    half = merged(shared(), {"dtype": dtype})
+    half = merged(shared(*COMPONENTS, "qkv"), {"dtype": dtype})
     got = engines(2)(
         *[Job(model, {i: given[i] for i in part}, half) for part in parts(len(given), 2)]
     )
     assert_same(want, got, tie=tie)
     sites = {site[0] for site in got[0].found[0]["sites"]}
-    assert sites == {"embedding", "oproj", "mlp", "lmhead"}
+    assert sites == {*COMPONENTS, "qkv"}
