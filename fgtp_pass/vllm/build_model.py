@@ -77,8 +77,9 @@ def build_model(
     _give_head_to_logits(model, plan)
     run_in_order(model)
     _report(plan, group, model)
-    if vllm_config.compilation_config.mode == CompilationMode.NONE:
-        _report_slower(roles.values(), group)
+    graph = vllm_config.compilation_config.mode != CompilationMode.NONE
+    outside = [r for r in roles.values() if not graph or r.component == "sharedexpert"]
+    _report_slower(outside, group)
     model.fgtp_plan = plan  # type: ignore[assignment]
     return model
 
