@@ -39,18 +39,16 @@ def vllm(deployment: Deployment, layout: Layout, sequences: int) -> Command:
     """`vllm serve` with fgtp_pass where the layout has sizes; stock vLLM where it has none."""
     parts, notes = _vllm_serve(deployment, layout, sequences)
     config = vllm_config(layout.sizes, deployment.summary.keys)
-    if config and deployment.load.draft:
-        notes.append(
-            "Without multi-token prediction: fgtp_pass refuses vLLM's drafters, which run the "
-            "lm_head more often than idle ranks know."
-        )
-    else:
-        parts += _drafting(deployment)
+    parts += _drafting(deployment)
     quantization, note = vllm_quantization(deployment)
     parts += quantization
     if config:
         parts += ["--compilation-config", json.dumps({"passes": ["fgtp"]})]
         parts += ["--additional-config", json.dumps({COMPONENT_SIZES: config})]
+    if layout.sizes.get("qkv", 1) > 1 and deployment.summary.latent:
+        notes.append(
+            "qkv: vLLM's attention takes kv_b_proj apart, so it stays whole and frees less."
+        )
     if layout.expert_parallel:
         notes.append(
             "The experts' all_to_all is priced as DeepEP's kernels, where they are installed: "

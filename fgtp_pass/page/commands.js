@@ -2,6 +2,9 @@
 
 /* The command that serves a layout: the rules of fgtp_pass/cost/commands.py. */
 
+/** The components that vLLM-Ascend has sizes for. */
+const ASCEND = ["embedding", "lmhead", "oproj", "mlp"];
+
 /** A word as a POSIX shell takes it. */
 function quoted(word) {
   if (/^[\w@%+=:,./-]+$/.test(word)) return word;
@@ -33,16 +36,20 @@ function commandOf(state, { layout, sequences }) {
   words.push("--max-model-len", String(state.input + state.output));
   words.push("--max-num-seqs", String(Math.ceil(sequences / ranks)));
   if (state.kv !== "auto" && state.kv !== DATA.model.kv_dtype) words.push("--kv-cache-dtype", state.kv);
-  const config = [...DATA.components]
+  const on = [...DATA.components]
     .sort((a, b) => a.order - b.order)
-    .filter(({ name }) => (layout.sizes[name] || 1) > 1)
+    .filter(({ name }) => (layout.sizes[name] || 1) > 1);
+  const beyond = on.filter(({ name }) => ascend && !ASCEND.includes(name));
+  const config = on
+    .filter((one) => !beyond.includes(one))
     .map(({ name, key }) => `"${key}": ${layout.sizes[name]}`);
-  if (state.mtp && !ascend && config.length) {
-    notes.push(
-      "Without multi-token prediction: fgtp_pass refuses vLLM's drafters, which run the lm_head " +
-        "more often than idle ranks know.",
-    );
-  } else if (state.mtp) {
+  if (beyond.length) {
+    notes.push(`vLLM-Ascend has no size for ${beyond.map(({ name }) => name).join(" and ")}.`);
+  }
+  if (!ascend && DATA.model.latent && on.some(({ name }) => name === "qkv")) {
+    notes.push("qkv: vLLM takes kv_b_proj apart, so that it stays whole and frees nothing.");
+  }
+  if (state.mtp) {
     const drafts = `{"method": "mtp", "num_speculative_tokens": ${DATA.model.draft_layers}}`;
     words.push("--speculative-config", drafts);
   }

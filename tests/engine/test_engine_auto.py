@@ -14,7 +14,7 @@ from test_engine_tokens import assert_same
 @pytest.mark.parametrize(
     ("options", "sharded_components", "said"),
     [
-        ({"objective": "memory", "hardware": "h200"}, {*COMPONENTS}, "(on NVIDIA H200"),
+        ({"objective": "memory", "hardware": "h200"}, {*COMPONENTS, "qkv"}, "(on NVIDIA H200"),
         # a tiny model reads its weights faster than any message travels; measured, here and now
         ({"objective": "latency", "decode_batch": 4}, set(), "measuring the machine"),
     ],
