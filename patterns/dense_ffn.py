@@ -39,7 +39,7 @@ def _not_dense(view: GraphView, ffn: FeedForward) -> str:
     if ffn.down.node in view.routers:
         return "it is a part of a router: experts are chosen from its result"
     if root in view.router_sources or view.weighted_by_choice(ffn.down.node):
-        return "it is one of the experts: a router reads the same input"
+        return "it is an expert, a chosen or a shared one: a router reads the same input"
     if view.facts[ffn.input].selected:
         return "it is an expert: its tokens are picked by data"
     if root.op == "placeholder" and value_of(root).dim() == 2 and not (view.cores or view.lookups):

@@ -74,7 +74,7 @@ def test_plan_a_model() -> None:
     out = output_of("plan_a_model.py")
     assert "weights per rank: 14.96 GiB before, 3.18 GiB after" in out
     assert "99 collectives" in out  # 3 in each of 32 layers, 2 for the table, 1 for the head
-    assert "feeds an attention core (q, k or v)" in out
+    assert "qkv is off" in out
 
 
 _FAILING = """

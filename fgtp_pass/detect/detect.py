@@ -24,12 +24,15 @@ from fgtp_pass.graph.inputs import (
 class Detection:
     """The sites of a graph in graph order, which of them touch, and the reason for every parameter
     in none of them.
+
+    opt_in: the components that are off unless they are asked for.
     """
 
     view: GraphView
     matches: tuple[Match, ...]
     left_alone: dict[str, str]
     links: Links = field(default_factory=Links)
+    opt_in: frozenset[str] = frozenset()
 
     def only(self, weights: Container[fx.Node]) -> "Detection":
         """Without the sites of which a weight is not among these."""
@@ -83,4 +86,5 @@ def detect(
         for placeholder, fqn in view.parameters.items()
         if placeholder not in used
     }
-    return Detection(view, tuple(matches), left_alone, find_links(view, matches))
+    opt_in = frozenset(pattern.component for pattern in patterns if pattern.opt_in)
+    return Detection(view, tuple(matches), left_alone, find_links(view, matches), opt_in)

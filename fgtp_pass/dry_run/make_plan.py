@@ -7,7 +7,7 @@ from torch import nn
 
 from fgtp_pass.detect.match import Pattern
 from fgtp_pass.dry_run.trace import trace
-from fgtp_pass.patterns import BUILTIN
+from fgtp_pass.patterns import with_own
 from fgtp_pass.plan.plan import Plan, merge
 from fgtp_pass.plan.planner import check_requested
 from fgtp_pass.plan.sizes import parse_sizes
@@ -31,7 +31,7 @@ def make_plan(
 
     Raises ConfigError and DetectionError as the backend does.
     """
-    asked = parse_sizes(finegrained_tp_config, (*BUILTIN, *patterns))
+    asked = parse_sizes(finegrained_tp_config, with_own(patterns))
     sizes = asked.resolve(data_parallel_size, ranks_per_host or data_parallel_size)
     traced = trace(model, args, kwargs, sizes, data_parallel_size, patterns)
     plan = merge(planned.plan for _, planned in traced)

@@ -11,7 +11,7 @@ from fgtp_pass.collectives.groups import ComponentGroup
 from fgtp_pass.detect.match import Pattern
 from fgtp_pass.dry_run.trace import trace
 from fgtp_pass.graph.text import graph_text
-from fgtp_pass.patterns import BUILTIN
+from fgtp_pass.patterns import with_own
 from fgtp_pass.plan.sizes import parse_sizes
 from fgtp_pass.rewrite.rewrite import rewrite
 
@@ -44,7 +44,7 @@ def snapshot_graphs(
     Shows the canonical collectives; over gloo the backend does a reduce_scatter as an all_to_all
     and a sum. rank: the data-parallel rank whose graph is shown. Raises as `make_plan` does.
     """
-    asked = parse_sizes(finegrained_tp_config, (*BUILTIN, *patterns))
+    asked = parse_sizes(finegrained_tp_config, with_own(patterns))
     sizes = asked.resolve(data_parallel_size, data_parallel_size)
     snapshots = []
     for module, planned in trace(model, args, kwargs, sizes, data_parallel_size, patterns):

@@ -10,7 +10,7 @@ from fgtp_pass import dynamo
 from fgtp_pass.detect.detect import detect
 from fgtp_pass.detect.match import Pattern
 from fgtp_pass.errors import DetectionError
-from fgtp_pass.patterns import BUILTIN
+from fgtp_pass.patterns import with_own
 from fgtp_pass.plan.planner import PlannedGraph, plan_graph
 
 
@@ -37,7 +37,7 @@ def trace(
         if not parameters or (id(gm), *parameters) in seen:
             return
         seen.add((id(gm), *parameters))
-        detection = detect(gm.graph, inputs, (*BUILTIN, *patterns), names)
+        detection = detect(gm.graph, inputs, with_own(patterns), names)
         traced.append((gm, plan_graph(detection, sizes, data_parallel_size, joins=joins)))
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

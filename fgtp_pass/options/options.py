@@ -10,7 +10,7 @@ from fgtp_pass.cost.hardware import load
 from fgtp_pass.detect.match import Pattern
 from fgtp_pass.errors import ConfigError
 from fgtp_pass.hints import unknown
-from fgtp_pass.patterns import BUILTIN
+from fgtp_pass.patterns import BUILTIN, with_own
 from fgtp_pass.plan.sizes import COMPONENT_SIZES, ComponentSizes, parse_sizes
 
 MEASURE = "measure"
@@ -57,7 +57,7 @@ class Options(BaseModel):
 
     @property
     def all_patterns(self) -> tuple[Pattern, ...]:
-        return BUILTIN + self.patterns
+        return with_own(self.patterns)
 
     @property
     def sizes(self) -> ComponentSizes:

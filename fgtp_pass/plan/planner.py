@@ -322,11 +322,16 @@ def _stage_cuts(
 
 
 def _check_tied(detection: Detection, sizes: Mapping[str, int]) -> None:
-    """A parameter that two components share has one placement, so they need one size."""
+    """A parameter that two components share has one placement, so they need one size.
+
+    But for a component that nobody asked for: what it reads is gathered where it is cut.
+    """
     owners: dict[fx.Node, dict[str, int]] = {}
     for match in detection.matches:
+        size = max(1, sizes.get(match.component, 1))
+        if size == 1 and match.component in detection.opt_in:
+            continue
         for placeholder in match.parameters:
-            size = max(1, sizes.get(match.component, 1))
             owners.setdefault(placeholder, {})[match.component] = size
     for placeholder, by_component in owners.items():
         if len(set(by_component.values())) > 1:
