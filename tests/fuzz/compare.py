@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fgtp_pass
-from fgtp_pass.weights.state import sharded_parameters
 
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
 OPT_IN = ("sharedexpert", "qkv")
@@ -99,7 +98,7 @@ def _sharded(case: Case, rank: int, group: Any, want: list[list[Any]]) -> Verdic
     fast = _compile(model, case, fgtp_pass.fgtp_backend, _options(case, group))
 
     def idle() -> None:
-        if sharded_parameters(model):
+        if fgtp_pass.applied_plan(model) is not None:
             fgtp_pass.idle_step(fast)
 
     wrong = ""
