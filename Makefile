@@ -86,7 +86,7 @@ snapshots: $(INSTALLED)
 
 benchmarks: $(INSTALLED)
 	@mkdir -p benchmarks/results
-	@set -e; for name in decode_step messages predicted_vs_measured packing memory loading compile_time collectives \
+	@set -e; for name in decode_step moe_step messages predicted_vs_measured packing memory loading compile_time collectives \
 		scale gpu_rank; do \
 		echo "== $$name"; \
 		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json; done

@@ -1,7 +1,7 @@
 """A fixed part of what `make fuzz` does, and the smallest programs that once went wrong."""
 
 import pytest
-from fuzz.grammar import Case, Embedding, Ffn, Layer, Program
+from fuzz.grammar import Attention, Case, Embedding, Ffn, Layer, Matmul, Program
 from fuzz.search import Judge, WrongError, search
 from hypothesis.errors import UnsatisfiedAssumption
 
@@ -38,6 +38,29 @@ FOUND = {
         ranks=2,
         dynamic=True,
         calls=(((2, 6),) * 3, ((1, 1), None, None)),
+    ),
+    "a sum that Dynamo spells in two ways": Case(
+        Program(
+            embedding=Embedding(positions="sinusoidal"),
+            layers=(Layer(attention=None, ffn=Ffn(up=Matmul(spelling="x @ W", bias=True))),),
+        ),
+        contract="ragged",
+        dynamic=True,
+        calls=(((1, 6), (2, 6), None), ((1, 4), (4, 9), None), ((2, 4), (4, 9), None)),
+    ),
+    "an inner shape is read, of one pair on one rank": Case(
+        Program(
+            layers=(
+                Layer(attention=None, ffn=None, tokens="mean of pairs"),
+                Layer(attention=None, ffn=Ffn(operand="buffer", down_reads="view")),
+            )
+        ),
+        contract="ragged",
+        dynamic=True,
+        calls=(((4, 3), (2, 6), None),),
+    ),
+    "q and o are one weight": Case(
+        Program(layers=(Layer(attention=Attention(o=Matmul(shared=True)), ffn=None),))
     ),
     "an idle rank": Case(
         Program(embedding=Embedding(positions="learned")),

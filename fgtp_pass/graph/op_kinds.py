@@ -185,9 +185,20 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
-def leading(node: fx.Node) -> list[object]:
-    """The sizes of all dims of a value but its last: ints, or expressions in input sizes."""
-    return sizes_of(node)[:-1]
+def same_leading(one: fx.Node, other: fx.Node) -> bool:
+    """Whether the sizes of all dims of two values but their last are the same in this graph."""
+    a, b = value_of(one).shape[:-1], value_of(other).shape[:-1]
+    return len(a) == len(b) and all(map(_same_size, a, b))
+
+
+def _same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    if count_of([one]) == count_of([other]):
+        return True
+    if isinstance(one, int):
+        one, other = other, one
+    # where torch had to know whether a computed size is 1, later ops have the number in its place
+    known = isinstance(one, torch.SymInt) and isinstance(other, int) and one.node.has_hint()
+    return known and bool(one.node.hint == other)  # type: ignore[union-attr]
 
 
 def sizes_of(node: fx.Node) -> list[object]:

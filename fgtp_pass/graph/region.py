@@ -16,9 +16,9 @@ from fgtp_pass.graph.op_kinds import (
     is_tensor,
     is_value,
     keeps_token_order,
-    leading,
     op_kind,
     op_name,
+    same_leading,
     tensor_inputs,
     value_of,
 )
@@ -151,8 +151,8 @@ def _check_op(
     held = {blocks[alias.get(n, n)] for n in inputs if alias.get(n, n) in blocks}
     if len({len(b) for b in held}) != 1:
         return "differently laid out inner features meet"
-    shaped = [leading(n) for n in inputs if alias.get(n, n) in blocks]
-    if any(sizes != leading(node) for sizes in shaped):
+    shaped = [n for n in inputs if alias.get(n, n) in blocks]
+    if not all(same_leading(n, node) for n in shaped):
         return "its inner features are broadcast over tokens"
     for n in inputs:
         if alias.get(n, n) not in blocks:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from fgtp_pass.graph.inputs import fqn_of_source
-from fgtp_pass.graph.op_kinds import value_of
+from fgtp_pass.graph.op_kinds import op_name, value_of
 
 
 def graph_text(graph: fx.Graph) -> str:
@@ -68,13 +68,16 @@ def _argument(value: Any, names: dict[fx.Node, str]) -> str:
 
 
 def ops_text(ops: Sequence[fx.Node]) -> str:
-    """One line per op, without shapes: equal where the ops do the same to what they are given."""
+    """One line per op, without shapes: equal where the ops do the same to what they are given.
+
+    Whatever their spelling: Dynamo writes `a + b` as a function, or another time as a method.
+    """
     numbers = {node: _Bare(f"%{number}") for number, node in enumerate(ops)}
     lines = []
     for node in ops:
         given = (node.args, node.kwargs)
         args, kwargs = fx.map_arg(given, lambda n: numbers.get(n, _Bare("in")))
-        lines.append(f"{_target(node)}{args}{kwargs or ''}")
+        lines.append(f"{op_name(node) or _target(node)}{args}{kwargs or ''}")
     return "\n".join(lines)
 
 

@@ -20,9 +20,9 @@ from fgtp_pass.graph.op_kinds import (
     is_tensor,
     keeps_token_order,
     keeps_values,
-    leading,
     op_kind,
     op_name,
+    same_leading,
     tensor_inputs,
     value_of,
 )
@@ -154,7 +154,7 @@ def _is_local(
             return False
         alias[node] = alias.get(inputs[0], inputs[0])
         return True
-    if any(leading(n) != leading(node) for n in active):
+    if not all(same_leading(n, node) for n in active):
         return False  # broadcast over tokens
     if any(n is not source or len(n.users) > 1 for n in written_nodes(node)):
         return False

@@ -69,11 +69,8 @@ class GraphWriter:
     def _site(self, site: PlannedSite) -> None:
         """Emit one site in place of its first output node."""
         match, path = site.match, site.path
-        front = self.planned.fronts[match]
-        if site is front:
-            self.counts[match] = (*self._count(site), [])
-        _, rows, known = self.counts[front.match]
-        if path.start is Placement.OWN:
+        _, rows, known = self._counts_of(match)
+        if path.start is Placement.OWN and match.source not in known:
             known.append(match.source)
         values = self.values.site(site, rows)
         if path.end is Placement.OWN:
@@ -95,6 +92,13 @@ class GraphWriter:
         for node in (region.source, region.added):
             if node is not None and node in self.values.every and node in self.needed:
                 self._give_back(node, self.values.every[node])
+
+    def _counts_of(self, match: Match) -> tuple[Any, Any, list[fx.Node]]:
+        """Of the stretch that the site is in; its first site's source is there when one is read."""
+        front = self.planned.fronts[match]
+        if front.match not in self.counts:
+            self.counts[front.match] = (*self._count(front), [front.match.source])
+        return self.counts[front.match]
 
     def _count(self, site: PlannedSite) -> tuple[Any, Any]:
         """This rank's tokens, and the rows that it runs at."""
@@ -129,13 +133,13 @@ class GraphWriter:
         if node in self.env:
             return
         front = self.planned.fronts[self.before[node]]
-        _, rows, _ = self.counts[front.match]
+        _, rows, _ = self._counts_of(front.match)
         own = moves.all_to_own(self.emit, self.values.groups[front.site.group_size], value, rows)
         self.env[node] = self._as(node, own, self.before[node])
 
     def _as(self, node: fx.Node, value: Any, match: Match) -> Any:
         """[rows, features] in the shape that the node has, without padding."""
-        tokens, _, known = self.counts[self.planned.fronts[match].match]
+        tokens, _, known = self._counts_of(match)
         if self.row_inputs is not None:
             value = self.emit(torch.narrow, value, 0, 0, tokens)
         wanted = value_of(node)
@@ -148,7 +152,7 @@ class GraphWriter:
 
     def _stand_in_for_shape(self, inner: fx.Node, match: Match) -> None:
         """Let `inner`, which is no longer computed, be an expanded scalar of its shape."""
-        tokens, _, known = self.counts[self.planned.fronts[match].match]
+        tokens, _, known = self._counts_of(match)
         sizes = [self._size_like(size, tokens, known) for size in value_of(inner).shape]
         scalar = self.emit(torch.Tensor.new_empty, self.env[known[0]], (1,))
         self.env[inner] = self.emit(torch.Tensor.expand, scalar, sizes)
