@@ -2,6 +2,24 @@
 
 import os
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+@contextmanager
+def _for_ascend(command: str) -> Iterator[None]:
+    """A command of sizes alone is vLLM-Ascend's, which is installed where it runs."""
+    name = "vllm_ascend"
+    if "finegrained_tp_config" in command and "passes" not in command:
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__spec__ = ModuleSpec(name, None)
+    try:
+        yield
+    finally:
+        sys.modules.pop(name, None)
 
 
 def refusals(commands: dict[str, str], folders: dict[str, str]) -> dict[str, str]:
@@ -25,7 +43,8 @@ def refusals(commands: dict[str, str], folders: dict[str, str]) -> dict[str, str
         try:
             given = parser.parse_args([folders[model], *flags, "--skip-tokenizer-init"])
             given.model = given.model_tag  # as `vllm serve` does
-            AsyncEngineArgs.from_cli_args(given).create_engine_config()
+            with _for_ascend(command):
+                AsyncEngineArgs.from_cli_args(given).create_engine_config()
             found[name] = ""
         except (Exception, SystemExit) as error:
             found[name] = f"{type(error).__name__}: {error}"
