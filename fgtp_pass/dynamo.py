@@ -2,7 +2,8 @@
 
 Private names used: `Node._dynamo_source` (where an input comes from), `Node.meta["example_value"]`
 (its fake value), `ShapeEnv.guards`, `torch._C._set_throw_on_mutable_data_ptr`, the setting
-`meta_nonzero_assume_all_nonzero`, `torch.utils._sympy.interp`. Checked with torch 2.11 to 2.13.
+`meta_nonzero_assume_all_nonzero`, the recompile limits, `torch.utils._sympy.interp`. Checked with
+torch 2.11 to 2.13.
 """
 
 import gc
@@ -58,6 +59,14 @@ def meta_nonzero() -> Iterator[None]:
     """Let models on the meta device ask which elements are not zero: all of them."""
     settings: Any = experimental_config
     with settings.patch(meta_nonzero_assume_all_nonzero=True):
+        yield
+
+
+@contextmanager
+def no_recompile_limit() -> Iterator[None]:
+    """Let Dynamo trace one piece of code for any number of models; else it gives up after some."""
+    limits = ("recompile_limit", "accumulated_recompile_limit")
+    with torch._dynamo.config.patch(dict.fromkeys(limits, 1 << 20)):
         yield
 
 

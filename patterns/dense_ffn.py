@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from torch import fx
+
 from fgtp_pass.pattern import (
     FeedForward,
     Findings,
@@ -10,6 +12,8 @@ from fgtp_pass.pattern import (
     Pattern,
     Refusal,
     feed_forwards,
+    op_name,
+    tensor_inputs,
     value_of,
 )
 
@@ -40,11 +44,19 @@ def _not_dense(view: GraphView, ffn: FeedForward) -> str:
         return "it is a part of a router: experts are chosen from its result"
     if root in view.router_sources or view.weighted_by_choice(ffn.down.node):
         return "it is an expert, a chosen or a shared one: a router reads the same input"
+    if _picked_by_router(view, root):
+        return "it is an expert: a router's choice scales what it reads"
     if view.facts[ffn.input].selected:
         return "it is an expert: its tokens are picked by data"
     if root.op == "placeholder" and value_of(root).dim() == 2 and not (view.cores or view.lookups):
         return "it stands alone on a list of tokens: Dynamo cuts experts out like this"
     return ""
+
+
+def _picked_by_router(view: GraphView, node: fx.Node) -> bool:
+    """Whether the value is an activation times what was chosen from a router's result."""
+    factors = [view.facts[n] for n in tensor_inputs(node)] if op_name(node) == "mul" else []
+    return any(facts.chosen and facts.origin in view.routers for facts in factors)
 
 
 PATTERN = Pattern(

@@ -26,7 +26,9 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
     matmuls = (m for m in view.matmuls if m.node not in view.adapters)
     readers = [m for m in matmuls if view.facts[m.input].cores]
     for matmul in readers:
-        if matmul.weight is None or Reach.ATTENTION in view.reach[matmul.node]:
+        if matmul.weight is None:
+            continue
+        if Reach.ATTENTION in view.reach[matmul.node] and view.added(matmul.node) is None:
             continue  # q, k or v of a next layer that has no o_proj before it
         if view.returned_matmul(matmul.node) and _is_vocabulary(view, matmul):
             continue  # an lm_head right behind an attention without o_proj

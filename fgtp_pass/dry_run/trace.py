@@ -47,7 +47,7 @@ def trace(
 
         return run
 
-    with torch.no_grad(), dynamo.meta_constants():
+    with torch.no_grad(), dynamo.meta_constants(), dynamo.no_recompile_limit():
         torch.compile(model, backend=record)(*args, **(kwargs or {}))
     if not traced:
         raise DetectionError(

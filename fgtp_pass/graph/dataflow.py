@@ -65,6 +65,7 @@ class Reach(Flag):
 
 
 STATIC = Facts(static=True)
+_ELEMENTWISE = (OpKind.POINTWISE, OpKind.LAYOUT)
 # ops on integers through which token ids stay token ids
 _ID_OPS = CASTS | {"clamp", "clip", "where", "masked_fill"}
 
@@ -146,37 +147,44 @@ class GraphView:
     def adapters(self) -> Mapping[fx.Node, fx.Node]:
         """The matmuls of low-rank adapters, `base(x) + s * B(A(x))`: of A and of B, to base."""
         found: dict[fx.Node, fx.Node] = {}
+        adapted: dict[fx.Node, ParamMatmul] = {}  # by sum: what is adapted, maybe once more
         for up in self.matmuls:
             origin = self.facts[up.input].origin
             down = self.matmul_at(origin) if origin is not None else None
-            if down is None or down.out_features * 2 > min(down.in_features, up.out_features):
+            if down is None or down.out_features >= min(down.in_features, up.out_features):
                 continue
-            base = self._added_to(up.node)
-            if base is not None and self.root(base.input) is self.root(down.input):
+            total, other = self.added(up.node) or (up.node, up.node)
+            base = adapted.get(other) or self.matmul_at(self.root(other))
+            if base not in (None, up) and self.root(base.input) is self.root(down.input):
                 found |= {down.node: base.node, up.node: base.node}
+                adapted[total] = base
         return found
 
-    def _added_to(self, node: fx.Node) -> ParamMatmul | None:
-        """The matmul to whose result the value is added, scaled, if nothing else reads it."""
+    def added(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The sum of the value, scaled, with another activation, and that one; None if it is read
+        by anything else before.
+        """
         while len(node.users) == 1:
             (user,) = node.users
             others = [n for n in tensor_inputs(user) if n is not node and not self.facts[n].static]
             if len(others) == 1 and op_name(user) == "add":
-                origin = self.facts[others[0]].origin
-                return self.matmul_at(origin) if origin is not None else None
-            if others or op_kind(user) not in (OpKind.POINTWISE, OpKind.LAYOUT):
+                return user, others[0]
+            gated = not others or not merges(user)
+            if not gated or op_kind(user) not in _ELEMENTWISE:
                 return None
             node = user
         return None
 
     def weighted_by_choice(self, node: fx.Node) -> bool:
-        """Whether the value is scaled by what a topk or argmax chose, as an expert's result is."""
+        """Whether what a topk or argmax chose scales or picks the value, as an expert's result."""
         for user in node.users:
-            if op_kind(user) is OpKind.LAYOUT and self.weighted_by_choice(user):
-                return True
-            if not merges(user) and any(
-                self.facts[n].chosen for n in tensor_inputs(user) if n is not node
-            ):
+            others = [n for n in tensor_inputs(user) if n is not node and not self.facts[n].static]
+            beside = op_name(user) in ("stack", "cat", "concat")
+            if others and not beside:
+                sums = op_name(user) in ("add", "sub")
+                if not sums and any(self.facts[n].chosen for n in others):
+                    return True
+            elif op_kind(user) in _ELEMENTWISE and self.weighted_by_choice(user):
                 return True
         return False
 
@@ -378,7 +386,9 @@ class GraphView:
                 elif user in self.normal_form.matmuls or user in self.normal_form.lookups:
                     found |= Reach.MATMUL
                 else:
-                    found |= reach[user]
+                    scores = self.facts[user].scores and op_kind(user) is OpKind.MATMUL
+                    # the best of scores of two activations are positions, no experts
+                    found |= reach[user] & ~Reach.CHOICE if scores else reach[user]
                     chooses = op_kind(user) is OpKind.CHOICE or picks_from(user, node)
                     if chooses and not self._only_returned(user):
                         found |= Reach.CHOICE

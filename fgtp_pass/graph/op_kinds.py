@@ -168,6 +168,8 @@ def op_kind(node: fx.Node) -> OpKind:
         return OpKind.OTHER
     if name == "getitem" and _indexed_by_tensor(node):
         return OpKind.SELECT
+    if name == "conv1d" and value_of(argument(node, "weight", 1)).shape[-1] == 1:
+        return OpKind.OTHER  # mixes no tokens
     if name in ("max", "min", "minimum", "maximum") and len(tensor_inputs(node)) > 1:
         return OpKind.POINTWISE
     return _kind_of_name(name)
