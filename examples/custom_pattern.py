@@ -3,8 +3,8 @@
     python examples/custom_pattern.py
 
 MLA makes its queries in two matmuls: q_a_proj takes the hidden state down to a latent, q_b_proj
-takes the normed latent up to all heads. The built-in patterns leave both alone. The pattern below
-finds q_b_proj by data flow; the pass does the rest: path, collectives, shards, plan.
+takes the normed latent up to all heads. Built in, both belong to qkv, which is opt-in; the pattern
+below finds q_b_proj alone, by data flow. The pass does the rest: path, collectives, shards, plan.
 """
 
 from collections.abc import Iterator
