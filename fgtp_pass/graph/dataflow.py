@@ -66,6 +66,7 @@ class Reach(Flag):
 
 STATIC = Facts(static=True)
 _ELEMENTWISE = (OpKind.POINTWISE, OpKind.LAYOUT)
+_PICKS = (OpKind.POINTWISE, OpKind.MATMUL, OpKind.SELECT)
 # ops on integers through which token ids stay token ids
 _ID_OPS = CASTS | {"clamp", "clip", "where", "masked_fill"}
 
@@ -161,9 +162,7 @@ class GraphView:
         return found
 
     def added(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """The sum of the value, scaled, with another activation, and that one; None if it is read
-        by anything else before.
-        """
+        """Where the value, scaled, is added to another activation, and that one; if nowhere else."""
         while len(node.users) == 1:
             (user,) = node.users
             others = [n for n in tensor_inputs(user) if n is not node and not self.facts[n].static]
@@ -181,8 +180,8 @@ class GraphView:
             others = [n for n in tensor_inputs(user) if n is not node and not self.facts[n].static]
             beside = op_name(user) in ("stack", "cat", "concat")
             if others and not beside:
-                sums = op_name(user) in ("add", "sub")
-                if not sums and any(self.facts[n].chosen for n in others):
+                picks = op_kind(user) in _PICKS and op_name(user) not in ("add", "sub")
+                if picks and any(self.facts[n].chosen for n in others):
                     return True
             elif op_kind(user) in _ELEMENTWISE and self.weighted_by_choice(user):
                 return True
