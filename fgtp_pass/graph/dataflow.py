@@ -162,7 +162,7 @@ class GraphView:
         return found
 
     def added(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """Where the value, scaled, is added to another activation, and that one; if nowhere else."""
+        """The sum with another activation that alone reads the value, scaled; and that one."""
         while len(node.users) == 1:
             (user,) = node.users
             others = [n for n in tensor_inputs(user) if n is not node and not self.facts[n].static]
