@@ -38,8 +38,8 @@ def drawn_by(seed: int, taken: set[str]) -> Callable[..., Any]:
 
     prices = Prices(at=lambda tokens: lambda match: price, by_range=seed % 2 == 1)
 
-    def plan(*args: Any) -> PlannedGraph:
-        planned = plan_graph(*args, prices=prices)
+    def plan(*args: Any, joins: bool) -> PlannedGraph:
+        planned = plan_graph(*args, prices=prices, joins=joins)
         planned = planned.at((0,) * len(planned.ranges))
         taken.update(str(site.path) for site in planned.sites)
         return planned
