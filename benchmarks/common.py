@@ -194,6 +194,33 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return round(statistics.median(a) / statistics.median(b), 3)
 
 
+def compared(
+    per_rank: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str], pairs: Sequence[Any]
+) -> tuple[list[str], list[list[Any]], list[dict[str, Any]]]:
+    """A table, its columns first, and the same for a file: of the slower rank, by token count.
+
+    per_rank: by rank and token count, "tokens", "times" and "errors" by variant. names: of the
+    variants. pairs: of variants whose times are divided.
+    """
+    columns = ["tokens/rank", *names, *(f"{a}/{b}" for a, b in pairs)]
+    rows, results = [], []
+    for together in zip(*per_rank, strict=True):
+        times = slower_rank([one["times"] for one in together])
+        spreads = {name: spread(values) for name, values in times.items()}
+        ratios = {f"{a}/{b}": ratio(times[a], times[b]) for a, b in pairs}
+        rows.append([together[0]["tokens"], *(shown(spreads[n]) for n in names), *ratios.values()])
+        errors = {n: max(one["errors"][n] for one in together) for n in together[0]["errors"]}
+        results.append(
+            {
+                "tokens_per_rank": together[0]["tokens"],
+                "milliseconds": spreads,
+                "ratios": ratios,
+                "logit_errors": errors,
+            }
+        )
+    return columns, rows, results
+
+
 def shown(values: Mapping[str, float], digits: int = 1) -> str:
     """'median [p10-p90]'."""
     return f"{values['median']:.{digits}f} [{values['p10']:.{digits}f}-{values['p90']:.{digits}f}]"

@@ -36,18 +36,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import (
-    Times,
     add_realtime,
+    compared,
     integers,
     interleave,
     machine,
     parser,
-    ratio,
     report,
     run_ranks,
-    shown,
-    slower_rank,
-    spread,
 )
 from torch import nn
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard
@@ -383,24 +379,11 @@ def main() -> None:
         given.repetitions,
         given.realtime,
     )
-    rows, results = [], []
-    for together in zip(*per_rank, strict=True):
-        times: Times = slower_rank([one["times"] for one in together])
-        spreads = {name: spread(values) for name, values in times.items()}
-        ratios = {f"{a}/{b}": ratio(times[a], times[b]) for a, b in PAIRS if {a, b} <= set(times)}
-        rows.append([together[0]["tokens"], *(shown(spreads[n]) for n in names), *ratios.values()])
-        worst = {n: max(one["errors"][n] for one in together) for n in together[0]["errors"]}
-        results.append(
-            {
-                "tokens_per_rank": together[0]["tokens"],
-                "milliseconds": spreads,
-                "ratios": ratios,
-                "logit_errors_relative_to_dp": worst,
-            }
-        )
+    pairs = [pair for pair in PAIRS if {*pair} <= {*names}]
+    columns, rows, results = compared(per_rank, names, pairs)
     report(
         f"One decode step, {WORLD} ranks, {given.dtype}: ms of the slower rank, median [p10-p90]",
-        ["tokens/rank", *names, *ratios],
+        columns,
         rows,
         {
             "benchmark": "decode_step",

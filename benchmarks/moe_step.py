@@ -21,18 +21,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import (
-    Times,
     add_realtime,
+    compared,
     integers,
     interleave,
     machine,
     parser,
-    ratio,
     report,
     run_ranks,
-    shown,
-    slower_rank,
-    spread,
 )
 from decode_step import POSITIONS, TOLERANCE, WORLD, decoder, difference
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -123,27 +119,14 @@ def main() -> None:
     at = machine()
     call = (shape, given.dtype, given.tokens, given.repetitions, given.realtime)
     per_rank = run_ranks(WORLD, rank_main, *call)
-    rows, results = [], []
-    for together in zip(*(one["results"] for one in per_rank), strict=True):
-        times: Times = slower_rank([one["times"] for one in together])
-        spreads = {name: spread(values) for name, values in times.items()}
-        ratios = {f"whole/{n}": ratio(times["whole"], times[n]) for n in VARIANTS if n != "whole"}
-        rows.append(
-            [together[0]["tokens"], *(shown(spreads[n]) for n in VARIANTS), *ratios.values()]
-        )
-        results.append(
-            {
-                "tokens_per_rank": together[0]["tokens"],
-                "milliseconds": spreads,
-                "ratios": ratios,
-                "logit_errors": {n: max(o["errors"][n] for o in together) for n in VARIANTS},
-            }
-        )
+    pairs = [("whole", name) for name in VARIANTS if name != "whole"]
+    by_count = [one["results"] for one in per_rank]
+    columns, rows, results = compared(by_count, list(VARIANTS), pairs)
     saved = {name: round(count / 2**20, 1) for name, count in per_rank[0]["saved"].items()}
     report(
         f"One decode step of a MoE, {WORLD} ranks, {given.dtype}: ms of the slower rank, "
         f"median [p10-p90]; MiB freed per rank: {saved}",
-        ["tokens/rank", *VARIANTS, *ratios],
+        columns,
         rows,
         {
             "benchmark": "moe_step",

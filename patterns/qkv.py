@@ -2,9 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
-from torch import fx
-
 from fgtp_pass.pattern import (
     Cut,
     Findings,
@@ -15,8 +12,8 @@ from fgtp_pass.pattern import (
     Pattern,
     Reach,
     Refusal,
+    by_activation,
     count_depends_on_data,
-    value_of,
 )
 
 COMPONENT = "qkv"
@@ -31,7 +28,7 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
     Fused ones, also with an FFN's projection up in them, are cut as they are; so are the halves of
     low-rank pairs. Every rank has all features of its own tokens again, so heads do not matter.
     """
-    by_input: dict[tuple[fx.Node, torch.dtype, torch.dtype], list[ParamMatmul]] = {}
+    feeding: list[ParamMatmul] = []
     for matmul in view.matmuls:
         if matmul.weight is None or matmul.node in found.claimed | view.routers:
             continue
@@ -42,10 +39,9 @@ def find(view: GraphView, found: Findings) -> Iterator[Match | Refusal]:
         reason = matmul.why_not or count_depends_on_data(matmul.input)
         if reason:
             yield Refusal(matmul.weight.placeholder, reason)
-            continue
-        dtypes = value_of(matmul.input).dtype, value_of(matmul.node).dtype
-        by_input.setdefault((view.exact_root(matmul.input), *dtypes), []).append(matmul)
-    for matmuls in by_input.values():
+        else:
+            feeding.append(matmul)
+    for matmuls in by_activation(view, feeding):
         stage = MatmulStage(tuple(matmuls), (Cut.OUT,), (1,) * len(matmuls))
         yield Match(COMPONENT, (stage,), matmuls[0].input, tuple(m.node for m in matmuls))
 

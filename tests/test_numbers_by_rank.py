@@ -53,16 +53,12 @@ def test_numbers_that_a_graph_is_given(ranks: Pools, inside: bool) -> None:
     assert max(ranks(2).run(_compare, inside, True)) <= 1e-5
 
 
-def test_numbers_that_are_compiled_in(ranks: Pools) -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_numbers_that_are_compiled_in(ranks: Pools, inside: bool) -> None:
     """As constants they are part of the plan, which ranks compare."""
-    for outcome in ranks(2).outcomes(_compare, True, None):
+    for outcome in ranks(2).outcomes(_compare, inside, None):
         assert outcome.error == "AgreementError", outcome.trace
         assert "differ in plan" in outcome.message
-
-
-def test_numbers_that_are_compiled_in_between_sites(ranks: Pools) -> None:
-    """Ranks that differ there share no stretch: each computes with its own on its own tokens."""
-    assert max(ranks(2).run(_compare, False, None)) <= 1e-5
 
 
 def test_plans_differ_by_constants_in_what_others_compute() -> None:

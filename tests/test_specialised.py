@@ -1,5 +1,6 @@
 """Dynamo makes a batch of 1, or 1 token, a number: such a rank's graph must go with the others'."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from fgtp_pass import fgtp_backend
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
 
 
-class Toy(nn.Module):
+class Toy(nn.Module, ABC):
     """An embedding, something between, and an lm_head."""
 
     def __init__(self) -> None:
@@ -28,8 +29,8 @@ class Toy(nn.Module):
         self.down = nn.Linear(32, 16)
         self.head = nn.Linear(16, 64)
 
-    def between(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def between(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(self.between(self.table(ids)))

@@ -26,7 +26,7 @@ from fgtp_pass.dynamo import SizeGuard
 from fgtp_pass.errors import AgreementError, ConfigError
 from fgtp_pass.options.auto_sizes import SizeChooser
 from fgtp_pass.options.options import Options
-from fgtp_pass.plan.plan import Plan, WeightCut, format_bytes
+from fgtp_pass.plan.plan import Plan, Site, WeightCut, format_bytes
 from fgtp_pass.plan.planner import PlannedGraph, check_requested, plan_graph
 from fgtp_pass.rewrite.idle_graph import idle_graph
 from fgtp_pass.rewrite.rewrite import RewrittenGraph, rewrite
@@ -206,17 +206,18 @@ class Runtime:
                 **library_versions(),
             }
         )
-        odd = differing_items(self.everyone, _by_name(planned.plan))
-        if not odd:
-            return planned, joins
-        with reporting_failure(self.everyone):
-            planned = self._plan(gm, inputs, detection, joins=False)
+        odd = differing_items(self.everyone, _paths(planned.plan))
+        if odd:
+            with reporting_failure(self.everyone):
+                planned = self._plan(gm, inputs, detection, joins=False)
         require_same_items(
             self.everyone,
-            _by_name(planned.plan),
+            {_name(site): site.model_dump_json() for site in planned.plan.sites},
             "the data-parallel ranks differ in plan:",
             "They must run the same model with the same options and libraries.",
         )
+        if not odd:
+            return planned, joins
         if self.group.rank == 0:
             log.warning(
                 "not all ranks see the same sites touch, so none of them share a stretch, which "
@@ -334,8 +335,13 @@ class Written:
     packed: frozenset[int]
 
 
-def _by_name(plan: Plan) -> dict[str, str]:
-    return {f"{s.component} {s.weights[0].fqn}": s.model_dump_json() for s in plan.sites}
+def _name(site: Site) -> str:
+    return f"{site.component} {site.weights[0].fqn}"
+
+
+def _paths(plan: Plan) -> dict[str, str]:
+    """By site, its path: which sites share a stretch, without what is computed in it."""
+    return {_name(site): site.path for site in plan.sites}
 
 
 def _in_force(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[WeightCut, int]]:

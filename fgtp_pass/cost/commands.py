@@ -9,8 +9,8 @@ from fgtp_pass.cost.layout import Deployment, Layout
 from fgtp_pass.cost.spelling import vllm_config
 from fgtp_pass.plan.sizes import COMPONENT_SIZES
 
-# vLLM-Ascend's names; it has no others
-_ASCEND = ("embedding", "lmhead", "oproj", "mlp")
+# the components that vLLM-Ascend has sizes for
+ASCEND = ("embedding", "lmhead", "oproj", "mlp")
 _MINDIE = {"oproj": "o_proj_local_tp", "lmhead": "lm_head_local_tp"}
 _MINDIE_MODELS = ("deepseek_v3",)  # R1, V3 and V3.1
 _RPC_PORT = 13345
@@ -67,9 +67,9 @@ def vllm_ascend(deployment: Deployment, layout: Layout, sequences: int) -> Comma
         notes.append(
             f"--quantization ascend needs a checkpoint that msmodelslim made ({scheme.name})."
         )
-    known = [key for key in deployment.summary.keys if key.component in _ASCEND]
+    known = [key for key in deployment.summary.keys if key.component in ASCEND]
     config = vllm_config(layout.sizes, known)
-    beyond = [n for n, size in layout.sizes.items() if size > 1 and n not in _ASCEND]
+    beyond = [n for n, size in layout.sizes.items() if size > 1 and n not in ASCEND]
     if config and layout.tensor_parallel_size > 1:
         return Command(
             "vLLM-Ascend",

@@ -33,16 +33,21 @@ class FeedForward:
 
     def match(self, component: str) -> Match:
         """The site: cut over the inner features, which every rank makes a part of."""
-        blocks = tuple(len(self.region.blocks[up.node]) for up in self.ups)
-        first = MatmulStage(self.ups, (Cut.OUT,), blocks, self.region)
-        second = MatmulStage((self.down,), (Cut.IN,), (1,))
-        return Match(component, (first, second), self.input, (self.down.node,))
+        return feed_forward(component, self.region, self.down)
 
     def refused(self, reason: str) -> Iterator[Refusal]:
         """The refusals of all its weights."""
         for matmul in (*self.ups, self.down):
             if matmul.weight is not None:
                 yield Refusal(matmul.weight.placeholder, reason)
+
+
+def feed_forward(component: str, region: Region, down: ParamMatmul) -> Match:
+    """The site of the projections up and down around a region."""
+    blocks = tuple(len(region.blocks[up.node]) for up in region.ups)
+    first = MatmulStage(region.ups, (Cut.OUT,), blocks, region)
+    second = MatmulStage((down,), (Cut.IN,), (1,))
+    return Match(component, (first, second), region.ups[0].input, (down.node,))
 
 
 def feed_forwards(view: GraphView, found: Findings) -> Iterator[FeedForward | Refusal]:

@@ -150,6 +150,15 @@ class Pattern:
     opt_in: bool = False
 
 
+def by_activation(view: GraphView, matmuls: Iterable[ParamMatmul]) -> list[list[ParamMatmul]]:
+    """Those that read one activation and give one dtype together: they may share collectives."""
+    found: dict[tuple[fx.Node, torch.dtype, torch.dtype], list[ParamMatmul]] = {}
+    for matmul in matmuls:
+        dtypes = value_of(matmul.input).dtype, value_of(matmul.node).dtype
+        found.setdefault((view.exact_root(matmul.input), *dtypes), []).append(matmul)
+    return list(found.values())
+
+
 def single_matmul(component: str, matmul: ParamMatmul, cuts: tuple[Cut, ...]) -> Match | Refusal:
     """The site that one matmul makes by itself, or the refusal if it cannot be cut."""
     assert matmul.weight is not None

@@ -11,7 +11,7 @@ from fgtp_pass.graph.op_kinds import (
     is_tensor,
     keeps_token_order,
     op_name,
-    sizes_of,
+    same_shape,
     tensor_inputs,
     value_of,
 )
@@ -185,6 +185,6 @@ def _plain_add(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     a, b = node.args
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and is_tensor(a) and is_tensor(b)):
         return None
-    same = sizes_of(a) == sizes_of(b) == sizes_of(node)
+    same = same_shape(a, node) and same_shape(b, node)
     same = same and value_of(a).dtype is value_of(b).dtype is value_of(node).dtype
     return (a, b) if same and value_of(node).dim() >= 2 else None

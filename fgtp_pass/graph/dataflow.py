@@ -152,11 +152,12 @@ class GraphView:
         for up in self.matmuls:
             origin = self.facts[up.input].origin
             down = self.matmul_at(origin) if origin is not None else None
-            if down is None or down.out_features >= min(down.in_features, up.out_features):
+            added = self.added(up.node)
+            if not (down and added) or down.out_features >= min(down.in_features, up.out_features):
                 continue
-            total, other = self.added(up.node) or (up.node, up.node)
+            total, other = added
             base = adapted.get(other) or self.matmul_at(self.root(other))
-            if base not in (None, up) and self.root(base.input) is self.root(down.input):
+            if base is not None and self.root(base.input) is self.root(down.input):
                 found |= {down.node: base.node, up.node: base.node}
                 adapted[total] = base
         return found
@@ -241,8 +242,8 @@ class GraphView:
 
     def follows_from_inputs(self, sizes: Iterable[int | torch.SymInt]) -> bool:
         """Whether sizes can be computed from those of the graph's inputs, without any data."""
-        symbolic = [size for size in sizes if isinstance(size, torch.SymInt)]
-        return all(size.node.expr.free_symbols <= self._input_symbols for size in symbolic)
+        symbols = (s.node.expr.free_symbols for s in sizes if isinstance(s, torch.SymInt))
+        return all(some <= self._input_symbols for some in symbols)
 
     def memory_of(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """The nodes whose memory the values of `nodes` may share."""

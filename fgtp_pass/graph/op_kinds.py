@@ -189,8 +189,16 @@ def value_of(node: fx.Node) -> Any:
 
 def same_leading(one: fx.Node, other: fx.Node) -> bool:
     """Whether the sizes of all dims of two values but their last are the same in this graph."""
-    a, b = value_of(one).shape[:-1], value_of(other).shape[:-1]
-    return len(a) == len(b) and all(map(_same_size, a, b))
+    return _same_sizes(value_of(one).shape[:-1], value_of(other).shape[:-1])
+
+
+def same_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two values have the same sizes in this graph; comparing adds no guard."""
+    return _same_sizes(value_of(one).shape, value_of(other).shape)
+
+
+def _same_sizes(some: Sequence[int | torch.SymInt], others: Sequence[int | torch.SymInt]) -> bool:
+    return len(some) == len(others) and all(map(_same_size, some, others))
 
 
 def _same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
@@ -201,11 +209,6 @@ def _same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
     # where torch had to know whether a computed size is 1, later ops have the number in its place
     known = isinstance(one, torch.SymInt) and isinstance(other, int) and one.node.has_hint()
     return known and bool(one.node.hint == other)  # type: ignore[union-attr]
-
-
-def sizes_of(node: fx.Node) -> list[object]:
-    """The sizes of a value: ints, or expressions; comparing those of torch would add guards."""
-    return [count_of([size]) for size in value_of(node).shape]
 
 
 def count_of(sizes: Sequence[int | torch.SymInt]) -> object:

@@ -2,9 +2,6 @@
 
 /* The command that serves a layout: the rules of fgtp_pass/cost/commands.py. */
 
-/** The components that vLLM-Ascend has sizes for. */
-const ASCEND = ["embedding", "lmhead", "oproj", "mlp"];
-
 /** A word as a POSIX shell takes it. */
 function quoted(word) {
   if (/^[\w@%+=:,./-]+$/.test(word)) return word;
@@ -39,7 +36,7 @@ function commandOf(state, { layout, sequences }) {
   const on = [...DATA.components]
     .sort((a, b) => a.order - b.order)
     .filter(({ name }) => (layout.sizes[name] || 1) > 1);
-  const beyond = on.filter(({ name }) => ascend && !ASCEND.includes(name));
+  const beyond = on.filter(({ name }) => ascend && !DATA.ascend.includes(name));
   const config = on
     .filter((one) => !beyond.includes(one))
     .map(({ name, key }) => `"${key}": ${layout.sizes[name]}`);

@@ -9,7 +9,7 @@ from typing import Any
 
 from fgtp_pass.cost import formulas, layout_formulas, uncertainty
 from fgtp_pass.cost.advice import tied
-from fgtp_pass.cost.commands import vllm_quantization
+from fgtp_pass.cost.commands import ASCEND, vllm_quantization
 from fgtp_pass.cost.hardware import Hardware, load, profiles
 from fgtp_pass.cost.layout import NO_LIMIT, PARTS, Deployment
 from fgtp_pass.cost.links import Link
@@ -65,6 +65,7 @@ def page_data(report: Report) -> dict[str, Any]:
             "cache_assumed": summary.cache_assumed,
         },
         "start": _start(report, schemes),
+        "ascend": list(ASCEND),
         "objectives": ["balanced", "latency", "memory"],
         "parts": list(PARTS),
         "usable_share": deployment.usable_share,

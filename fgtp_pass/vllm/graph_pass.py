@@ -17,7 +17,15 @@ from torch import fx, nn
 from fgtp_pass import dynamo
 from fgtp_pass.algebra.placement import Cut
 from fgtp_pass.detect.detect import detect
-from fgtp_pass.detect.match import Findings, LookupStage, Match, MatmulStage, Pattern
+from fgtp_pass.detect.feed_forward import feed_forward
+from fgtp_pass.detect.match import (
+    Findings,
+    LookupStage,
+    Match,
+    MatmulStage,
+    Pattern,
+    by_activation,
+)
 from fgtp_pass.errors import FgtpError
 from fgtp_pass.graph.dataflow import GraphView
 from fgtp_pass.graph.normal_form import ParamMatmul
@@ -210,27 +218,22 @@ class _Logical:
             if all(
                 up is not None and up.weight.blocks == n for up, n in zip(ups, blocks, strict=True)
             ):
-                first = MatmulStage(region.ups, (Cut.OUT,), blocks, region)
-                second = MatmulStage((down,), (Cut.IN,), (1,))
-                yield Match(layer.component, (first, second), region.ups[0].input, (down.node,))
+                yield feed_forward(layer.component, region, down)
 
     def _projections(self, view: GraphView, found: Findings) -> Iterator[Match]:
         """Those that feed attention and read one activation share their collectives."""
-        sites: dict[Any, list[ParamMatmul]] = {}
-        for matmul in view.matmuls:
-            layer = self._layer(matmul)
-            if layer is None or matmul.node in found.claimed:
-                continue
-            alone, read = layer.component != "qkv", view.exact_root(matmul.input)
-            dtypes = value_of(matmul.input).dtype, value_of(matmul.node).dtype
-            sites.setdefault(matmul.node if alone else (read, *dtypes), []).append(matmul)
-        for matmuls in sites.values():
-            layers = [self.layers[m.weight.placeholder] for m in matmuls if m.weight is not None]
-            stage = MatmulStage(
-                tuple(matmuls), (layers[0].cut,), tuple(layer.weight.blocks for layer in layers)
-            )
+        layers = {
+            matmul: layer
+            for matmul in view.matmuls
+            if (layer := self._layer(matmul)) and matmul.node not in found.claimed
+        }
+        qkv = [matmul for matmul, layer in layers.items() if layer.component == "qkv"]
+        alone = ([matmul] for matmul in layers if matmul not in qkv)
+        for matmuls in (*by_activation(view, qkv), *alone):
+            first, blocks = layers[matmuls[0]], tuple(layers[m].weight.blocks for m in matmuls)
+            stage = MatmulStage(tuple(matmuls), (first.cut,), blocks)
             outputs = tuple(matmul.node for matmul in matmuls)
-            yield Match(layers[0].component, (stage,), matmuls[0].input, outputs)
+            yield Match(first.component, (stage,), matmuls[0].input, outputs)
 
     def _lookups(self, view: GraphView, found: Findings) -> Iterator[Match]:
         for lookup in view.lookups:

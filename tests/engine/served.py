@@ -3,17 +3,17 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
 @contextmanager
-def _for_ascend(command: str) -> Iterator[None]:
-    """A command of sizes alone is vLLM-Ascend's, which is installed where it runs."""
+def _beside_ascend(wanted: bool) -> Iterator[None]:
+    """Within it vLLM-Ascend seems to be installed, if that is wanted."""
     name = "vllm_ascend"
-    if "finegrained_tp_config" in command and "passes" not in command:
+    if wanted:
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__spec__ = ModuleSpec(name, None)
     try:
@@ -22,8 +22,13 @@ def _for_ascend(command: str) -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-def refusals(commands: dict[str, str], folders: dict[str, str]) -> dict[str, str]:
+def refusals(
+    commands: dict[str, str], folders: dict[str, str], on_ascend: Collection[str] = ()
+) -> dict[str, str]:
     """What vLLM says against each command, by name, "" for nothing.
+
+    on_ascend: the names of those that run where vLLM-Ascend, which takes sizes without the pass, is
+    installed.
 
     The engine configuration is built from it, as `vllm serve` does before it loads any weight.
     folders: what stands for the models that the commands name.
@@ -43,7 +48,7 @@ def refusals(commands: dict[str, str], folders: dict[str, str]) -> dict[str, str
         try:
             given = parser.parse_args([folders[model], *flags, "--skip-tokenizer-init"])
             given.model = given.model_tag  # as `vllm serve` does
-            with _for_ascend(command):
+            with _beside_ascend(name in on_ascend):
                 AsyncEngineArgs.from_cli_args(given).create_engine_config()
             found[name] = ""
         except (Exception, SystemExit) as error:

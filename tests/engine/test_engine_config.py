@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -118,14 +117,11 @@ TWICE = f"{JSON} -cc.mode=3"
 def on_the_command_line(model: str, flags: list[str], ascend: bool = False) -> dict[str, str]:
     """By flags of `vllm serve` beside sizes, what its parser or configuration says of them.
 
-    ascend: whether vLLM-Ascend, which takes sizes without the pass, seems to be installed.
+    ascend: whether vLLM-Ascend seems to be installed.
     """
-    if ascend:
-        found: Any = importlib.util.find_spec
-        importlib.util.find_spec = lambda name, *rest: name == "vllm_ascend" or found(name, *rest)
     sizes = f"""--additional-config '{json.dumps({"finegrained_tp_config": SIZES})}'"""
     commands = {one: f"vllm serve {model} {sizes} {one}" for one in flags}
-    return refusals(commands, {model: model})
+    return refusals(commands, {model: model}, commands if ascend else ())
 
 
 def test_passes_that_vllm_drops_are_missed(engines: Any, checkpoint: Checkpoints) -> None:
