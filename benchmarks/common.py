@@ -125,18 +125,17 @@ def realtime(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
-    _schedule(threads, os.SCHED_FIFO, 1)
+    _schedule(os.SCHED_FIFO, 1)
     try:
         yield
-    finally:
-        _schedule(threads, os.SCHED_OTHER, 0)
+    finally:  # those that were started meanwhile, too
+        _schedule(os.SCHED_OTHER, 0)
 
 
-def _schedule(threads: Sequence[int], policy: int, priority: int) -> None:
-    for thread in threads:
+def _schedule(policy: int, priority: int) -> None:
+    for path in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):
-            os.sched_setscheduler(thread, policy, os.sched_param(priority))
+            os.sched_setscheduler(int(path.name), policy, os.sched_param(priority))
 
 
 def interleave(

@@ -1,11 +1,13 @@
 """What the cost model predicts for a decode step on this machine, against what is measured.
 
-The model, ranks and timing are those of decode_step.py. First both ranks calibrate: memory
-bandwidth, matmul rate and collectives. Then each component by itself, and all together, are sharded
-in turn and timed against plain data parallelism, interleaved. All linears that are not sharded are
-packed like shards, on both sides, so that a change is due to sharding and not to another matmul
-(decode_step.py measures that). Token counts are not checked at run time (check_tokens=False), so
-that a step's collectives are those of the plan.
+The model, ranks and timing are those of decode_step.py. At each token count both ranks first
+calibrate, at the priority at which they are timed: memory bandwidth, matmul rate and collectives.
+(A shared machine has another speed from minute to minute, which is no error of the model.) Then
+each component by itself, and all together, are sharded in turn and timed against plain data
+parallelism, interleaved. All linears that are not sharded are packed like shards, on both sides, so
+that a change is due to sharding and not to another matmul (decode_step.py measures that). Token
+counts are not checked at run time (check_tokens=False), so that a step's collectives are those of
+the plan.
 
 The control `none` times two equal models. They differ by one to two milliseconds, since they lie
 at different places in memory; what it shows at a token count is taken off the changes there.
@@ -29,6 +31,7 @@ from common import (
     interleave,
     machine,
     parser,
+    realtime,
     report,
     run_ranks,
     slower_rank,
@@ -55,18 +58,19 @@ VARIANTS = {"none": ()} | {name: (name,) for name in COMPONENTS} | {"all": COMPO
 def rank_main(
     shape: dict[str, int], counts: list[int], repetitions: int, at_realtime: bool
 ) -> dict[str, Any]:
-    """On every rank: the calibration, the plan of all components, times by count and variant."""
+    """On every rank: calibrations by count, plans by variant, times by count and variant."""
     torch._inductor.config.compile_threads = 1
     warnings.filterwarnings("ignore")
     group = data_parallel_group(None, timedelta(seconds=300))
-    profile = measure(group, torch.device("cpu"), [torch.float32])
     whole = decode_step.pack_linears(decode_step.build(shape, torch.float32))
     cut = decode_step.build(shape, torch.float32)
     linears = {n: m for n, m in cut.named_modules() if isinstance(m, torch.nn.Linear)}
     plans: dict[str, Plan] = {}
-    results = []
+    results, profiles = [], []
     for count in counts:
         torch._dynamo.reset()
+        with realtime(at_realtime):
+            profiles.append(measure(group, torch.device("cpu"), [torch.float32]).model_dump_json())
         generator = torch.Generator().manual_seed(100 + dist.get_rank())
         ids = torch.randint(0, shape["vocab_size"], (count, 1), generator=generator)
         plain = decode_step.decoder(torch.compile(whole, dynamic=False), whole.config, ids)
@@ -94,7 +98,7 @@ def rank_main(
     sharded = plans["all"].cuts().keys()
     rest = [m.weight.numel() for n, m in linears.items() if f"{n}.weight" not in sharded]
     return {
-        "hardware": profile.model_dump_json(),
+        "hardware": dict(zip(counts, profiles, strict=True)),
         "plans": {name: plan.to_json() for name, plan in plans.items()},
         "linears": sum(rest),
         "results": results,
@@ -112,13 +116,15 @@ def _compiled(model: torch.nn.Module, components: tuple[str, ...]) -> Any:
 def compare(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Predicted and measured milliseconds by token count and variant."""
     first = per_rank[0]
-    hardware = Hardware.model_validate_json(first["hardware"])
+    clusters = {
+        count: Cluster(Hardware.model_validate_json(profile), WORLD, WORLD)
+        for count, profile in first["hardware"].items()
+    }
     # of each variant the plan that ran: sites that touch share messages where both are on
     shapes = {
         name: component_shapes(Plan.from_json(plan), "float32")
         for name, plan in first["plans"].items()
     }
-    cluster = Cluster(hardware, WORLD, WORLD)
     compared: list[dict[str, Any]] = []
     bias = 0.0
     for together in zip(*(one["results"] for one in per_rank), strict=True):
@@ -133,7 +139,11 @@ def compare(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
         predicted = {
             name: 1e3
             * step_seconds(
-                shapes["all"] | shapes.get(variant, {}), first["linears"], cluster, chosen, tokens
+                shapes["all"] | shapes.get(variant, {}),
+                first["linears"],
+                clusters[tokens],
+                chosen,
+                tokens,
             )
             for name, chosen in (("dp", {}), ("pass", sizes))
         }
@@ -206,7 +216,10 @@ def main() -> None:
             "benchmark": "predicted_vs_measured",
             "machine": at | {"realtime": given.realtime},
             "model": shape,
-            "calibration": Hardware.model_validate_json(per_rank[0]["hardware"]).model_dump(),
+            "calibrations": {
+                count: Hardware.model_validate_json(profile).model_dump()
+                for count, profile in per_rank[0]["hardware"].items()
+            },
             "summary": summary,
             "results": compared,
         },

@@ -134,6 +134,17 @@ def tokenspeed() -> Iterator[Published]:
         what = f"shared experts over 4, 32 requests per rank, {name}, GB300"
         yield Published(SHARED, what, time, "ms", lambda: change(32))
 
+    def crossover() -> float:
+        """Tokens of a step, over the group, from which sharding gains nothing."""
+        low, high = 1.0, 1e5
+        while high - low > 1:
+            middle = (low + high) / 2
+            low, high = (middle, high) if change(middle / 4) < 0 else (low, middle)
+        return high
+
+    what = "shared experts over 4 gain below, tokens per step, GB300"
+    yield Published("vLLM PR 50656", what, 1000, "tokens", crossover)
+
 
 def logits() -> Iterator[Published]:
     vocabulary = 129280  # SGLang's megabytes are of elements: 31 Mi and 3.88 Mi of them

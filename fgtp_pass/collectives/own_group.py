@@ -80,9 +80,9 @@ class OwnGroup:
         def missing(found: Mapping[str, str]) -> list[int]:
             return [self.first + place for place, key in enumerate(keys) if key not in found]
 
-        notice = Notice(rank, "to connect", lambda: missing(self._board.read(keys)))
+        notice = Notice(rank, "to connect", lambda: missing(self._board.read(keys, seconds)))
         try:
-            self._board.write(mine, uuid.uuid4().hex)
+            self._board.write(mine, uuid.uuid4().hex, seconds)
             found = self._board.wait(keys, seconds, notice, self._board.is_new)
             if len(found) < len(keys):
                 self._board.erase(mine)

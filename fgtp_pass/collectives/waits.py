@@ -1,11 +1,12 @@
 """What is said of ranks that others wait for."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 log = logging.getLogger("fgtp_pass")
 
-NOTICE_SECONDS = 5.0  # a wait that is longer is told, once
+NOTICE_SECONDS = 5.0  # a wait that is longer is told, once, when it is known for whom
 
 
 def listed(ranks: Iterable[int]) -> str:
@@ -29,13 +30,13 @@ class Notice:
 
     def __init__(self, rank: int, purpose: str, missing: Callable[[], Sequence[int]]):
         self._rank, self._purpose, self._missing = rank, purpose, missing
-        self._told = False
+        self._next = NOTICE_SECONDS
 
     def __call__(self, waited: float) -> None:
-        if waited < NOTICE_SECONDS or self._told:
+        if waited < self._next:
             return
-        self._told = True
         missing = self._missing()
+        self._next = math.inf if missing else waited + NOTICE_SECONDS
         if missing:
             log.warning(
                 "rank %d has waited %.0f s for %s, %s",
