@@ -26,7 +26,7 @@ import fgtp_pass
 from fgtp_pass import fgtp_backend
 from fgtp_pass.backend import runtime
 
-TIMEOUT = 20.0
+TIMEOUT = 15.0
 STAGES = ("first call", "decode", "ragged")
 RIGHT = "right"  # the numbers of the plain model
 
@@ -47,7 +47,7 @@ def _ended(what: str) -> Fault:
     return Fault(("AgreementError", f"rank 1 {what}"), None)
 
 
-AWAY = ("AgreementError", "rank 1 did not come within 20 s")
+AWAY = ("AgreementError", "rank 1 did not come within 15 s")
 FAULTS: dict[str, dict[str, Fault]] = {
     "kill -9": {
         "first call": Fault(AWAY, None),

@@ -93,6 +93,6 @@ def test_what_once_went_wrong(judge: Judge) -> None:
 
 def test_invented_decoders(judge: Judge) -> None:
     """Of one seed; `make fuzz` tries others, for as long as it is told to."""
-    before, examples = sum(judge.seen.sites.values()), 40
+    before, examples = sum(judge.seen.sites.values()), 28
     assert search(judge, 1, examples) == ""
     assert sum(judge.seen.sites.values()) - before > examples, "hardly anything was cut"

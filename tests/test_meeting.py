@@ -91,7 +91,7 @@ def _meets(group: _Group, times: int = 1) -> list[list[Any]]:
 
 
 def test_many_ranks_hear_what_each_said(keeper: Any) -> None:
-    size = 32
+    size = 24
     want = [[(rank, (rank // 3, turn)) for rank in range(size)] for turn in range(2)]
     for heard in together(lambda group: _meets(group, 2), groups(keeper, size)):
         assert heard == want
