@@ -55,10 +55,10 @@ def _write(
     layout: str,
     scheme: dict[str, Any],
 ) -> str:
-    """A compressed-tensors checkpoint of `source` with all but its lm_head quantised."""
+    """A compressed-tensors checkpoint of `source`; lm_head and routed experts stay as they are."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
-    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+    for name in [n for n in tensors if n.endswith("_proj.weight") and ".experts." not in n]:
         found = quantise(tensors.pop(name))
         tensors |= {name.removesuffix("weight") + key: value for key, value in found.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -67,7 +67,7 @@ def _write(
         "format": layout,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"]} | scheme},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", "re:.*mlp.experts.*"],
     }
     config = folder / "config.json"
     given = json.loads(config.read_text())

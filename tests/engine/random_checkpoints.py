@@ -92,7 +92,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     ),
     "qwen2_moe": Checkpoint(
         "qwen2_moe",
-        _MHA | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+        _MHA | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 128},
         options=_EXPERTS,
     ),
     "deepseek_v3": Checkpoint(

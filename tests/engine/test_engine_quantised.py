@@ -6,26 +6,31 @@ from typing import Any
 
 import pytest
 import torch
-from engines import COMPONENTS, Job, merged, shared
+from engines import Job, merged, shared
 from marks import full
 from quantised import write_int4, write_int8
-from random_checkpoints import Checkpoints, parts, prompts
+from random_checkpoints import CHECKPOINTS, Checkpoints, parts, prompts
 from test_engine_tokens import assert_same
+
+# a sum in another order rounds to another int8
+INT8 = (write_int8, "float32", 0.1)
+# the kernel takes no float32
+INT4 = (write_int4, "bfloat16", 0.1)
+NO_INT4 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(),
+    reason="vLLM's CPU build has a kernel for int4 only with AVX-512",
+)
 
 
 @full
 @pytest.mark.parametrize(
-    ("write", "dtype", "tie"),
+    ("name", "opt_in", "write", "dtype", "tie"),
     [
-        # a sum in another order rounds to another int8
-        pytest.param(write_int8, "float32", 0.1, id="int8_w8a8"),
+        pytest.param("llama", "qkv", *INT8, id="int8_w8a8"),
+        pytest.param("llama", "qkv", *INT4, marks=NO_INT4, id="int4_w4a16"),
+        pytest.param("qwen2_moe", "sharedexpert", *INT8, id="int8_w8a8-shared_experts"),
         pytest.param(
-            *(write_int4, "bfloat16", 0.1),  # the kernel takes no float32
-            marks=pytest.mark.skipif(
-                not torch.cpu._is_avx512_supported(),
-                reason="vLLM's CPU build has a kernel for int4 only with AVX-512",
-            ),
-            id="int4_w4a16",
+            *("qwen2_moe", "sharedexpert", *INT4), marks=NO_INT4, id="int4_w4a16-shared_experts"
         ),
     ],
 )
@@ -33,19 +38,22 @@ def test_what_tensor_parallelism_gives(
     engines: Any,
     checkpoint: Checkpoints,
     tmp_path: Path,
+    name: str,
+    opt_in: str,
     write: Callable[..., str],
     dtype: str,
     tie: float,
 ) -> None:
     """Activations are quantised per token and shard, so the reference is stock vLLM at TP=2."""
-    model = write(checkpoint("llama"), tmp_path / "quantised")
+    model = write(checkpoint(name), tmp_path / "quantised")
     given = prompts()
     whole = {"tensor_parallel_size": 2, "enforce_eager": True, "dtype": dtype}
     want = engines(1)(Job(model, given, whole, processes="fork"))[0]
-    half = merged(shared(*COMPONENTS, "qkv"), {"dtype": dtype})
+    asked = {*CHECKPOINTS[name].components, opt_in}
+    half = merged(CHECKPOINTS[name].options, shared(*asked), {"dtype": dtype})
     got = engines(2)(
         *[Job(model, {i: given[i] for i in part}, half) for part in parts(len(given), 2)]
     )
     assert_same(want, got, tie=tie)
     sites = {site[0] for site in got[0].found[0]["sites"]}
-    assert sites == {*COMPONENTS, "qkv"}
+    assert sites == asked
