@@ -30,7 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from fgtp_pass.algebra.placement import Cut
-from fgtp_pass.errors import ConfigError, DetectionError
+from fgtp_pass.errors import AgreementError, ConfigError, DetectionError
 from fgtp_pass.plan.plan import WeightCut
 from fgtp_pass.vllm.marker_ops import (
     LAYERS,
@@ -288,6 +288,11 @@ class ShardedVocabParallelEmbedding(VocabParallelEmbedding):  # type: ignore[mis
     def _look_up_outside(self, ids: torch.Tensor) -> torch.Tensor:
         """For a runner that embeds ids before it runs the model: [n], as many as this rank has."""
         own, work = ids.shape[0], self._outside.work
+        if work is not None and self._outside.made:
+            raise AgreementError(
+                f"{self.fgtp.weight.fqn} is read outside the graph a second time in one step, "
+                "which other ranks do not know of. Please report what was asked of the model."
+            )
         rows = rows_for_all(own, work.lookups if work else None, "its embedding")
         self._outside.count()
         padded = torch.nn.functional.pad(ids, (0, rows - own))

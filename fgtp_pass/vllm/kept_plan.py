@@ -53,7 +53,7 @@ def _path(
     config: VllmConfig, options: Options, sizes: Mapping[str, int], data_parallel_size: int
 ) -> Path:
     """vLLM's hash of a configuration knows a checkpoint by its name alone, so its config and the
-    code of its class are added.
+    code of its class are added; and nothing of which encoders are built, so that is, too.
     """
     model_class = get_model_cls(config.model_config)
     code = Path(inspect.getfile(model_class)).stat()
@@ -61,6 +61,7 @@ def _path(
         "vllm-plan",
         config.compute_hash(),
         config.model_config.hf_config.to_json_string(),
+        repr(config.model_config.multimodal_config),
         [model_class.__module__, model_class.__qualname__, code.st_size, code.st_mtime_ns],
         [dict(sizes), sorted(options.sizes.requested), sorted(options.allow_missing)],
         data_parallel_size,

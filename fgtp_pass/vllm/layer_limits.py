@@ -8,6 +8,7 @@ from torch import fx, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.models.interfaces import supports_multimodal
 
 from fgtp_pass.algebra.placement import Cut
 from fgtp_pass.detect.match import Findings, Match, MatmulStage, Pattern, Refusal
@@ -64,6 +65,20 @@ def absorbed(model: nn.Module) -> dict[str, str]:
         for layer in model.modules()
         if isinstance(layer, MLAAttention)
         for parameter in layer.kv_b_proj.parameters()
+    }
+
+
+def of_encoders(model: nn.Module) -> dict[str, str]:
+    """Weights with which a multimodal model reads images, sounds and the like, with the reason."""
+    if not supports_multimodal(model):
+        return {}
+    language_model: Any = model.get_language_model()
+    own = {id(parameter) for parameter in language_model.parameters()}
+    return {
+        name: "it is outside the language model, in an encoder, which does not run in every step, "
+        "and at counts of its own"
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in own
     }
 
 

@@ -35,7 +35,7 @@ from fgtp_pass.options.options import Options
 from fgtp_pass.plan.plan import LeftAlone, Plan, WeightCut
 from fgtp_pass.plan.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
 from fgtp_pass.vllm.experts import traced_experts
-from fgtp_pass.vllm.layer_limits import absorbed, patterns_for
+from fgtp_pass.vllm.layer_limits import absorbed, of_encoders, patterns_for
 from fgtp_pass.vllm.stretch import Stretch, why_not_cut
 
 _TOKENS = 8  # any count that is no other size of the model; the trace is for all counts
@@ -119,7 +119,13 @@ def plan_model(
             f"{names} cannot be planned, since vLLM's model code cannot be traced without data: "
             f'{first_line(error)}. Without "fgtp" in passes it runs unsharded.'
         ) from error
-    absent = tuple(LeftAlone(fqn=name, reason=why) for name, why in absorbed(model).items())
+    traced = {weight.fqn for site in planned.plan.sites for weight in site.weights}
+    traced |= {left.fqn for left in planned.plan.left_alone}
+    absent = tuple(
+        LeftAlone(fqn=name, reason=why)
+        for name, why in (absorbed(model) | of_encoders(model)).items()
+        if name not in traced
+    )
     plan = planned.plan.model_copy(
         update={
             "chosen": tuple(chooser.chosen.values()),
@@ -179,7 +185,8 @@ def _plan_on_meta(
         )
         cuttable = {id(layer) for layer in construction.built}
         patterns = patterns_for(real, model, cuttable, chooser.sizes, whole)
-        return model, _trace(model, patterns, chooser, data_parallel_size)
+        step = _Step(model, generates=config.model_config.runner_type == "generate")
+        return model, _trace(step, patterns, chooser, data_parallel_size)
 
 
 def _planning_config(config: VllmConfig) -> VllmConfig:
@@ -207,14 +214,19 @@ class _OneRank:
 
 
 class _Step(nn.Module):
-    """One step of the model, its lm_head included, which vLLM runs outside the graph."""
+    """One step of the model, with what vLLM runs outside the graph: the lm_head, if it generates,
+    and the embedding, which the model reads itself where it is given ids.
+    """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, generates: bool):
         super().__init__()
         self.model = model
+        self.generates = generates
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden = self.model(ids, positions, None, None)
+        hidden: torch.Tensor = self.model(ids, positions, None, None)
+        if not self.generates:
+            return hidden
         logits: torch.Tensor = self.model.compute_logits(hidden)  # type: ignore[operator]
         return logits
 
@@ -224,9 +236,9 @@ class _TracedError(Exception):
 
 
 def _trace(
-    model: nn.Module, patterns: Sequence[Pattern], chooser: SizeChooser, data_parallel_size: int
+    step: _Step, patterns: Sequence[Pattern], chooser: SizeChooser, data_parallel_size: int
 ) -> PlannedGraph:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in step.model.named_parameters()}
     found: list[PlannedGraph] = []
 
     def backend(gm: fx.GraphModule, _examples: Sequence[Any]) -> Any:
@@ -248,7 +260,7 @@ def _trace(
     positions = torch.zeros(_TOKENS, dtype=torch.int64, device="meta")
     for tensor in (ids, positions):
         torch._dynamo.mark_dynamic(tensor, 0)
-    compiled = torch.compile(_Step(model), backend=backend, fullgraph=True)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
     with torch.no_grad(), dynamo.meta_constants():
         try:
             compiled(ids, positions)

@@ -103,7 +103,13 @@ def step_settings(config: Any) -> dict[str, str]:
         "max_num_seqs": str(scheduler.max_num_seqs),
         "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
         "num_speculative_tokens": str(speculative and speculative.num_speculative_tokens),
+        "multimodal inputs or prompts as embeddings": str(embeds_outside(config.model_config)),
     }
+
+
+def embeds_outside(model_config: Any) -> bool:
+    """Whether the runner embeds token ids before it calls the model, and so outside the graph."""
+    return bool(model_config.enable_prompt_embeds or model_config.supports_multimodal_inputs)
 
 
 _DRAFT_MODELS = ("eagle", "eagle3", "mtp", "draft_model")
@@ -119,6 +125,13 @@ def is_drafter(model_config: Any, speculative: Any) -> bool:
     )
 
 
+def _classifies_by_tokens(model_config: Any) -> bool:
+    """Whether vLLM makes a classifier of an lm_head, when it loads the weights."""
+    keys = ("classifier_from_token", "method")
+    configs = (model_config.hf_config, model_config.hf_text_config)
+    return any(getattr(config, key, None) is not None for config in configs for key in keys)
+
+
 SEQUENCE_PARALLEL = (
     "with tensor and expert parallelism at once vLLM's experts are sequence-parallel, and every "
     "tensor-parallel rank holds the shared ones whole"
@@ -129,6 +142,7 @@ def check_engine(config: Any, options: Options) -> None:
     """Raise ConfigError for what the pass does not support in a `VllmConfig`, with the reason."""
     parallel = config.parallel_config
     speculative = config.speculative_config
+    model, encoders = config.model_config, config.model_config.multimodal_config
     refused = {
         "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
         "data_parallel_size = 1: there is no other rank to share weights with": (
@@ -159,8 +173,25 @@ def check_engine(config: Any, options: Options) -> None:
         f"sharedexpert here: {SEQUENCE_PARALLEL}": (
             "sharedexpert" in options.sizes.requested and parallel.use_sequence_parallel_moe
         ),
-        "multimodal models: not tried": config.model_config.is_multimodal_model,
-        "pooling models: not tried": config.model_config.runner_type != "generate",
+        "drafters beside multimodal inputs, whose draft model would read the embedding outside the "
+        "graph, too": (
+            speculative is not None
+            and speculative.method in _DRAFT_MODELS
+            and model.supports_multimodal_inputs
+        ),
+        "models that encode and decode: not tried": model.is_encoder_decoder,
+        "mm_encoder_only: there is no language model to share": (
+            encoders is not None and encoders.mm_encoder_only
+        ),
+        "encoders on instances of their own (ec_transfer_config): not tried": (
+            config.ec_transfer_config is not None
+        ),
+        "video_pruning_rate: it looks up token ids that other ranks do not know of": (
+            encoders is not None and encoders.is_multimodal_pruning_enabled()
+        ),
+        "classifiers of rows of the lm_head (classifier_from_token): a rank may not hold them": (
+            model.runner_type == "pooling" and _classifies_by_tokens(model)
+        ),
     }
     for what, is_so in refused.items():
         if is_so:

@@ -16,6 +16,7 @@ from torch import nn
 from fgtp_pass.vllm import host
 from fgtp_pass.vllm.born_sharded import ShardedVocabParallelEmbedding
 from fgtp_pass.vllm.logits import exchange_of, take_part
+from fgtp_pass.vllm.settings import embeds_outside
 from fgtp_pass.vllm.work import STEP, Scheduled
 
 
@@ -30,13 +31,9 @@ class TakingPart:
         self._model_config = config.model_config
         self._exchange = exchange_of(runner.model)
         v2 = config.use_v2_model_runner
-        self._lookups = [
-            layer
-            for layer in runner.model.modules()
-            if type(layer) is ShardedVocabParallelEmbedding
-        ]
-        embeds = config.model_config.enable_prompt_embeds
-        STEP.lookups = [layer.take_part for layer in self._lookups] if embeds else []
+        embeds = embeds_outside(config.model_config)
+        self._lookups = _read_outside(runner.model, runner.device) if embeds else []
+        STEP.lookups = [layer.take_part for layer in self._lookups]
         sampled = runner.model_state.num_new_sampled_tokens_per_step if v2 else 1
         self.scheduled = Scheduled(v2, sampled, embeds, host.prompt_chunk() if v2 else 0)
         if v2:
@@ -101,6 +98,20 @@ class TakingPart:
         prompts = getattr(runner, "prompt_logprobs_worker", None)
         if prompts is not None:
             _after(prompts, "compute_prompt_token_id_logprobs", lambda: self.settle(prompts=True))
+
+
+def _read_outside(model: Any, device: torch.device) -> list[ShardedVocabParallelEmbedding]:
+    """The sharded tables that a runner reads before it calls the model, in the order in which it
+    does: a model may have more than one, and others that its graph reads. Collective.
+    """
+    read: list[ShardedVocabParallelEmbedding] = []
+    tables = [m for m in model.modules() if type(m) is ShardedVocabParallelEmbedding]
+    hooks = [table.register_forward_pre_hook(lambda m, _ids: read.append(m)) for table in tables]
+    with torch.inference_mode():
+        model.embed_input_ids(torch.zeros(1, dtype=torch.int32, device=device))
+    for hook in hooks:
+        hook.remove()
+    return read
 
 
 def _alone(speculator: Any) -> None:

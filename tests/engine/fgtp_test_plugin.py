@@ -1,7 +1,8 @@
 """Loaded in every vLLM process of a test: stacks on SIGUSR1, the bytes of the weights; where
 FGTP_TEST_PIECEWISE is set, the compilation mode that vLLM uses on GPUs; where FGTP_TEST_PLAIN is,
 plain weights, as there; where FGTP_TEST_OPAQUE is, experts in one op and shared ones beside it, as
-there; where FGTP_TEST_MEMORY is, the memory that loading takes.
+there; where FGTP_TEST_MEMORY is, the memory that loading takes; where FGTP_TEST_IMAGES is, what
+models that read images need beside torchvision, which there is not for every torch.
 """
 
 import faulthandler
@@ -10,6 +11,8 @@ import os
 import signal
 import sys
 import threading
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 
@@ -25,6 +28,8 @@ def install() -> None:
         _make_experts_opaque()
     if "FGTP_TEST_MEMORY" in os.environ:
         _watch_memory()
+    if "FGTP_TEST_IMAGES" in os.environ:
+        _do_without_torchvision()
     if "FGTP_TEST_PIECEWISE" in os.environ:
         from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
 
@@ -83,6 +88,30 @@ def _make_experts_opaque() -> None:
 
     MoERunner._select_forward = select
     SharedExperts._determine_shared_experts_order = order
+
+
+def _do_without_torchvision() -> None:
+    """Names for what is imported from it, and not called; processors without their part for videos,
+    which cannot be made without it.
+    """
+    from transformers import AutoVideoProcessor
+    from transformers.processing_utils import ProcessorMixin
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():  # which is kept
+        return
+    for name in ("", ".transforms", ".transforms.v2", ".transforms.v2.functional"):
+        module = sys.modules["torchvision" + name] = ModuleType("torchvision" + name)
+        module.__spec__ = ModuleSpec(module.__name__, None)
+    sys.modules["torchvision.transforms.v2"].functional = module  # type: ignore[attr-defined]
+
+    stock = ProcessorMixin.check_argument_for_proper_class
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return None if argument is None else stock(self, name, argument)
+
+    AutoVideoProcessor.from_pretrained = lambda *args, **kwargs: None
+    ProcessorMixin.check_argument_for_proper_class = check
 
 
 def _count_weights() -> None:

@@ -11,35 +11,29 @@ from unittest import mock
 import pytest
 from engines import Engines, Job, engine_arguments, generate, set_environment, shared
 from fork_server import ForkServer
+from multimodal import ENVIRONMENT, write_llava
 from random_checkpoints import Checkpoints, prompts
 from served import refusals
 
 SIZES = {"oproj_tensor_parallel_size": 2}
 
 
-def errors_of(model: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
+def errors_of(folders: dict[str, str], cases: dict[str, dict[str, Any]]) -> dict[str, str]:
     """What `EngineArgs(**case)` raises, by case; runs in a process of its own."""
     os.environ["RANK"] = "0"  # external_launcher reads what torchrun sets
-    from vllm.config import MultiModalConfig
+    os.environ |= ENVIRONMENT
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-
-    class Multimodal(EngineArgs):  # a real one needs packages for images
-        def create_model_config(self) -> Any:
-            config = super().create_model_config()
-            config.multimodal_config = MultiModalConfig()
-            return config
-
     found = {}
     for name, case in cases.items():
         given = {"data_parallel_size": 2, "data_parallel_rank": 0} | case
         if "speculative_config" in given:
-            given["speculative_config"] = given["speculative_config"] | {"model": model}
-        arguments = Multimodal if given.pop("multimodal", False) else EngineArgs
+            given["speculative_config"] |= {"model": folders["llama"]}
+        model = folders[given.pop("model", "llama")]
         try:
-            arguments(model, skip_tokenizer_init=True, **given).create_engine_config()
+            EngineArgs(model, skip_tokenizer_init=True, **given).create_engine_config()
             found[name] = ""
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
@@ -77,8 +71,31 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         shared() | {"speculative_config": {"method": "medusa", "num_speculative_tokens": 2}},
         "speculative decoding by another method",
     ),
-    "pooling": (shared() | {"runner": "pooling"}, "pooling models"),
-    "multimodal": (shared() | {"multimodal": True}, "multimodal models"),
+    "drafter beside images": (
+        shared()
+        | {"model": "llava"}
+        | {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
+        "drafters beside multimodal inputs",
+    ),
+    "encoder alone": (shared() | {"model": "llava", "mm_encoder_only": True}, "mm_encoder_only"),
+    "encoders elsewhere": (
+        shared()
+        | {"model": "llava"}
+        | {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}},
+        "ec_transfer_config",
+    ),
+    "pruned videos": (
+        shared() | {"model": "llava", "video_pruning_rate": 0.5},
+        "video_pruning_rate",
+    ),
+    "encoder and decoder": (
+        shared() | {"hf_overrides": {"is_encoder_decoder": True}},
+        "models that encode and decode",
+    ),
+    "classifier of words": (
+        shared() | {"runner": "pooling", "hf_overrides": {"classifier_from_token": ["1", "2"]}},
+        "classifier_from_token",
+    ),
     "sizes alone": (
         ONE_RANK | {"additional_config": {"finegrained_tp_config": SIZES}},
         'passes does not contain "fgtp"',
@@ -88,14 +105,18 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def errors(engines: Any, checkpoint: Checkpoints) -> dict[str, str]:
+def errors(engines: Any, checkpoint: Checkpoints, tmp_path_factory: Any) -> dict[str, str]:
     """By case; and what was said meanwhile, before other calls, as "log"."""
     cases = {name: case for name, (case, _) in CASES.items()} | {
         "good": shared(),
         "one string": shared() | {"compilation_config": {"passes": "fgtp"}},
         "pass alone": ON,
+        "images": shared() | {"model": "llava"},
+        "pooling": shared() | {"runner": "pooling"},
     }
-    (found,) = engines(1).run(errors_of, checkpoint("llama"), cases)
+    llava = write_llava(tmp_path_factory.mktemp("llava"), weights=False)
+    folders = {"llama": checkpoint("llama"), "llava": llava}
+    (found,) = engines(1).run(errors_of, folders, cases)
     return found | {"log": engines(1).log(0)}
 
 
@@ -104,7 +125,7 @@ def test_refused_with_a_reason(errors: dict[str, str], case: str) -> None:
     assert CASES[case][1] in errors[case]
 
 
-@pytest.mark.parametrize("case", ["good", "one string", "pass alone"])
+@pytest.mark.parametrize("case", ["good", "one string", "pass alone", "images", "pooling"])
 def test_accepted(errors: dict[str, str], case: str) -> None:
     assert not errors[case]
 

@@ -80,8 +80,12 @@ def test_abort_mid_flight(
     [
         (shared("mlp"), "differ in plan"),
         (merged(shared(), {"enforce_eager": True}), "differ in compilation mode"),
+        (
+            merged(shared(), {"enable_prompt_embeds": True}),
+            "differ in multimodal inputs or prompts",
+        ),
     ],
-    ids=["plan", "mode"],
+    ids=["plan", "mode", "inputs"],
 )
 def test_ranks_that_were_told_different_things(
     engines: Callable[[int], Engines],

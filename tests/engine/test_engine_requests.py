@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Answer, Job, answer_of, merged, probe, sampling, shared
+from engines import Answer, Job, answer_of, merged, probe, run_rank, sampling, shared
 from random_checkpoints import Checkpoints, parts, prompts, write_tokenizer
+from ranks import free_port
 from test_engine_tokens import TIE, assert_same
 
 One = Callable[..., Answer]
@@ -100,6 +102,27 @@ def _some_as_embeddings(llm: Any, job: Job) -> Answer:
         [prompt(i) for i in numbers], [sampling(i) for i in numbers], use_tqdm=False
     )
     return answer_of(dict(zip(numbers, outputs, strict=True)), llm.apply_model(probe))
+
+
+def _reads_twice(llm: Any, job: Job) -> Answer:
+    def again(model: Any) -> None:
+        stock = model.embed_input_ids
+        model.embed_input_ids = lambda input_ids: (stock(input_ids[:1]), stock(input_ids))[1]
+
+    llm.apply_model(again)
+    return _some_as_embeddings(llm, job)
+
+
+def test_a_table_that_is_read_once_more_than_others_know(
+    engines: Any, checkpoint: Checkpoints
+) -> None:
+    """As an encoder might; ranks that do not would wait without end."""
+    options = merged(shared(), {"enable_prompt_embeds": True})
+    one, two = (Job(checkpoint("llama"), {i: prompts()[i]}, options) for i in (1, 2))
+    jobs, pool = (replace(one, run=_reads_twice), replace(two, run=_some_as_embeddings)), engines(2)
+    reader, other = pool.outcomes(run_rank, jobs, free_port())
+    assert "model.embed_tokens.weight is read outside the graph a second time" in reader.trace
+    assert other.error
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
