@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from engines import Answer, Job, answer_of, probe, sampling
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     CLIPImageProcessorPil,
@@ -101,6 +102,10 @@ def _write(model_class: Any, config: Any, folder: Path, weights: bool) -> None:
                 middle = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 parameter.copy_(middle + 0.15 * noise)
     model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    older = {k.replace("tower.", "tower.vision_model."): v for k, v in tensors.items()}  # for vLLM
+    save_file(older, path, metadata={"format": "pt"})
 
 
 def _processor(folder: Path, images: Any, image: str, kind: str, **more: Any) -> None:
