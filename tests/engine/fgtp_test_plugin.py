@@ -91,11 +91,11 @@ def _make_experts_opaque() -> None:
 
 
 def _do_without_torchvision() -> None:
-    """Names for what is imported from it, and not called; processors without their part for videos,
-    which cannot be made without it.
+    """Names for what is imported from it, and not called; and for the part of processors that reads
+    videos, which cannot be made without it.
     """
-    from transformers import AutoVideoProcessor
-    from transformers.processing_utils import ProcessorMixin
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+    from transformers.processing_utils import ProcessorMixin, VideosKwargs
     from transformers.utils import is_torchvision_available
 
     if is_torchvision_available():  # which is kept
@@ -108,9 +108,10 @@ def _do_without_torchvision() -> None:
     stock = ProcessorMixin.check_argument_for_proper_class
 
     def check(self: Any, name: str, argument: Any) -> Any:
-        return None if argument is None else stock(self, name, argument)
+        return None if argument is of_videos else stock(self, name, argument)
 
-    AutoVideoProcessor.from_pretrained = lambda *args, **kwargs: None
+    of_videos = type("OfVideos", (dict,), {"valid_kwargs": VideosKwargs})()  # JSON takes a dict
+    AutoVideoProcessor.from_pretrained = lambda *args, **kwargs: of_videos
     ProcessorMixin.check_argument_for_proper_class = check
 
 
