@@ -30,4 +30,15 @@ May import: algebra, graph, collectives, agreement, detect, patterns, plan, rewr
 May be imported by: no other room.
 """
 
+from typing import Any
+
 PASS = "fgtp"  # in `CompilationConfig.passes`
+
+
+def asks(compilation: Any) -> bool:
+    """Whether a compilation config, an object or a dict, asks for the pass."""
+    if isinstance(compilation, dict):
+        passes = compilation.get("passes", ())
+    else:
+        passes = getattr(compilation, "passes", ())
+    return PASS in ([passes] if isinstance(passes, str) else passes)

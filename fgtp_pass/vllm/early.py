@@ -1,8 +1,10 @@
 """What must be changed while vLLM is being imported, an entry point of `vllm.platform_plugins`:
-`CompilationConfig` gets its field `passes`, and `LLM` may be given a data_parallel_size.
+`CompilationConfig` gets its field `passes`, `LLM` may be given a data_parallel_size, and a command
+line of which vLLM would drop `passes` is refused.
 
-General plugins load too late for both: `LLM(compilation_config={...})` is converted, and
-data_parallel_size refused, before they are loaded. Nothing here acts unless `passes` is given.
+General plugins load too late: `LLM(compilation_config={...})` is converted, data_parallel_size
+refused, and a command line may be read before they are loaded. Nothing here acts unless `passes` is
+given.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 from fgtp_pass.hints import nearest_hint
-from fgtp_pass.vllm import PASS
+from fgtp_pass.vllm import PASS, asks
 
 _HOLDER = "vllm.config.vllm"  # of VllmConfig, into which pydantic builds CompilationConfig
 _BASE_OF_LLM = "vllm.entrypoints.common.offline"
@@ -37,6 +39,7 @@ def prepare() -> None:
     `VllmConfig` comes after `CompilationConfig` in each, so the field is added in between, or to
     both where they are there already.
     """
+    watch_command_lines()
     holder = sys.modules.get(_HOLDER)
     if hasattr(holder, "VllmConfig"):
         add_passes()
@@ -135,13 +138,26 @@ def _wrap_llm(module: Any) -> None:
     module.OfflineInferenceMixin.__init_subclass__ = classmethod(init_subclass)
 
 
+def watch_command_lines() -> None:
+    """Let vLLM's parser refuse a command line of which it drops `passes`. Idempotent."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    if not getattr(FlexibleArgumentParser.parse_known_args, "_fgtp", False):
+        wrap(FlexibleArgumentParser, "parse_known_args", _parse_known_args)
+
+
+def _parse_known_args(stock: Any, self: Any, args: Any = None, namespace: Any = None) -> Any:
+    """args: with the dotted options and those of a file put together, as `parse_args` does."""
+    found, rest = stock(self, args, namespace)
+    if args is not None and hasattr(found, "compilation_config"):
+        from fgtp_pass.vllm.settings import refuse_dropped
+
+        refuse_dropped(args, found.compilation_config)
+    return found, rest
+
+
 def _init_llm(stock: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    compilation, ranks = kwargs.get("compilation_config"), kwargs.get("data_parallel_size", 1)
-    if isinstance(compilation, dict):
-        passes = compilation.get("passes", ())
-    else:
-        passes = getattr(compilation, "passes", ())
-    if ranks == 1 or PASS not in ([passes] if isinstance(passes, str) else passes):
+    if kwargs.get("data_parallel_size", 1) == 1 or not asks(kwargs.get("compilation_config")):
         stock(self, *args, **kwargs)
         return
     from fgtp_pass.vllm.offline import start

@@ -6,7 +6,7 @@ Nothing here acts unless a configuration has `"passes": ["fgtp"]`, or sizes that
 from typing import Any
 
 from fgtp_pass.vllm import PASS
-from fgtp_pass.vllm.early import add_passes, wrap
+from fgtp_pass.vllm.early import add_passes, watch_command_lines, wrap
 
 
 def install() -> None:
@@ -18,6 +18,7 @@ def install() -> None:
     if getattr(EngineArgs.create_engine_config, "_fgtp", False):
         return
     add_passes()  # where vLLM has loaded no platform plugins: VLLM_TARGET_DEVICE=cpu
+    watch_command_lines()
     from vllm.v1.engine.core_client import EngineCoreClient
 
     from fgtp_pass.vllm import lockstep

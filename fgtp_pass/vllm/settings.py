@@ -1,8 +1,12 @@
 """What the user asked of the pass in a vLLM configuration, checked before anything is built."""
 
+import contextlib
 import difflib
 import importlib.util
+import itertools
+import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fgtp_pass.errors import ConfigError
@@ -10,7 +14,7 @@ from fgtp_pass.hints import nearest_hint
 from fgtp_pass.options.options import Options, parse_options
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan.sizes import COMPONENT_SIZES
-from fgtp_pass.vllm import PASS
+from fgtp_pass.vllm import PASS, asks
 
 log = logging.getLogger("vllm.fgtp_pass")
 
@@ -28,8 +32,7 @@ def read_options(compilation: Any, additional: Any) -> Options | None:
     Raises ConfigError for unknown, misplaced or wrong values.
     """
     given = additional if isinstance(additional, dict) else {}
-    requested = PASS in getattr(compilation, "passes", ())
-    if not requested:
+    if not asks(compilation):
         return None
     flat = sorted({key for p in BUILTIN for key in (p.config_key, *p.aliases)} & given.keys())
     if flat:
@@ -52,6 +55,12 @@ def read_options(compilation: Any, additional: Any) -> Options | None:
     return parse_options({"timeout_seconds": _TIMEOUT_SECONDS, **options, **sizes})
 
 
+_KEPT = (
+    "Of several compilation configs vLLM keeps the last, and options such as -cc.mode=3 count as "
+    f"the last: give -cc.passes={PASS} beside them, or put all into one JSON."
+)
+
+
 def refuse_unused(additional: Any) -> None:
     """Raise ConfigError where sizes are set and the pass is not, as when vLLM drops `passes`.
 
@@ -66,11 +75,27 @@ def refuse_unused(additional: Any) -> None:
     if importlib.util.find_spec("vllm_ascend") is not None:
         log.warning(lost)
         return
-    raise ConfigError(
-        f"{lost} Of several compilation configs vLLM keeps the last, and options such as "
-        f"-cc.mode=3 count as the last: give -cc.passes={PASS} beside them, or put all into one "
-        f"JSON. To run unsharded, leave {COMPONENT_SIZES} out."
-    )
+    raise ConfigError(f"{lost} {_KEPT} To run unsharded, leave {COMPONENT_SIZES} out.")
+
+
+def refuse_dropped(words: Sequence[str], kept: Any) -> None:
+    """Raise ConfigError where a compilation config in a command line asks for the pass, and what
+    vLLM kept of all of them does not, and nothing there says so.
+
+    words: of the command line. kept: a `CompilationConfig`, a dict, or None.
+    """
+    configs: list[dict[str, Any]] = [{}]
+    for word, following in itertools.pairwise([*words, ""]):
+        option, given, value = word.partition("=")
+        if option in ("-cc", "--compilation-config"):
+            with contextlib.suppress(ValueError):
+                config = json.loads(value if given else following)
+                configs.append(config if isinstance(config, dict) else {})
+    if any(map(asks, configs)) and not asks(kept) and "passes" not in configs[-1]:
+        raise ConfigError(
+            f'the command line asks for the pass "{PASS}" in a compilation config that vLLM drops, '
+            f"so fgtp_pass would shard nothing. {_KEPT} To run unsharded, give -cc.passes=[]."
+        )
 
 
 def say_what_is_auto(additional: Any) -> None:

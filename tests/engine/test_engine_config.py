@@ -135,29 +135,41 @@ TWO_RANKS = "--data-parallel-size 2 --data-parallel-rank 0"
 TWICE = f"{JSON} -cc.mode=3"
 
 
+SIZED = f"""--additional-config '{json.dumps({"finegrained_tp_config": SIZES})}'"""
+
+
 def on_the_command_line(model: str, flags: list[str], ascend: bool = False) -> dict[str, str]:
-    """By flags of `vllm serve` beside sizes, what its parser or configuration says of them.
+    """By flags of `vllm serve`, what its parser or configuration says of them.
 
     ascend: whether vLLM-Ascend seems to be installed.
     """
-    sizes = f"""--additional-config '{json.dumps({"finegrained_tp_config": SIZES})}'"""
-    commands = {one: f"vllm serve {model} {sizes} {one}" for one in flags}
+    commands = {one: f"vllm serve {model} {one}" for one in flags}
     return refusals(commands, {model: model}, commands if ascend else ())
 
 
-def test_passes_that_vllm_drops_are_missed(engines: Any, checkpoint: Checkpoints) -> None:
-    """An option beside a JSON is all that vLLM keeps of both."""
-    flags = [f"{TWO_RANKS} {one}" for one in (JSON, "-cc.passes=fgtp -cc.mode=3", TWICE)]
-    (said,) = engines(1).run(on_the_command_line, checkpoint("llama"), flags)
-    whole, dotted, dropped = said.values()
-    assert (whole, dotted) == ("", "")
-    assert "ConfigError" in dropped
-    assert "give -cc.passes=fgtp beside them" in dropped
+def test_passes_that_vllm_drops_are_missed(
+    engines: Any, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """An option beside a JSON, or beside a file, is all that vLLM keeps of both."""
+    file = tmp_path / "serve.yaml"
+    file.write_text("compilation-config: {passes: [fgtp]}\n")
+    kept = (JSON, f"{SIZED} -cc.passes=fgtp -cc.mode=3", f"--config {file}")
+    kept += ("-cc.mode=3", f"{TWICE} -cc.passes=[]")
+    lost = (TWICE, f"{SIZED} {TWICE}", f"{JSON} --compilation-config.mode=3")
+    lost += (f"{JSON} -cc '{{}}'", f"--config {file} -cc.mode=3")
+    flags = [f"{TWO_RANKS} {one}" for one in (*kept, *lost)]
+    (found,) = engines(1).run(on_the_command_line, checkpoint("llama"), flags)
+    said = dict(zip((*kept, *lost), found.values(), strict=True))
+    for flag in kept:
+        assert said[flag] == "", flag
+    for flag in lost:
+        assert "ConfigError: the command line asks for the pass" in said[flag], flag
+        assert "give -cc.passes=fgtp beside them" in said[flag], flag
 
 
 def test_sizes_for_vllm_ascend_are_a_warning(engines: Any, checkpoint: Checkpoints) -> None:
-    (said,) = engines(1).run(on_the_command_line, checkpoint("llama"), [TWICE], True)
-    assert said == {TWICE: ""}
+    (said,) = engines(1).run(on_the_command_line, checkpoint("llama"), [SIZED], True)
+    assert said == {SIZED: ""}
     assert "so fgtp_pass would shard nothing" in engines(1).log(0)
 
 
