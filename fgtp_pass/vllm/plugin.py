@@ -19,7 +19,9 @@ def install() -> None:
         return
     add_passes()  # where vLLM has loaded no platform plugins: VLLM_TARGET_DEVICE=cpu
     watch_command_lines()
+    from vllm.config import ParallelConfig
     from vllm.v1.engine.core_client import EngineCoreClient
+    from vllm.v1.executor.abstract import Executor
 
     from fgtp_pass.vllm import lockstep
 
@@ -28,6 +30,9 @@ def install() -> None:
     wrap(BaseModelLoader, "create_model", _create_model)
     wrap(CompilationConfig, "init_backend", _init_backend)
     wrap(EngineCoreClient, "make_client", _make_client)
+    wrap(Executor, "__init__", _init_executor)
+    for message in ("has_unfinished_dp", "sync_dp_state", "sync_kv_cache_memory_size"):
+        wrap(ParallelConfig, message, _between_engines)
 
 
 def _create_engine_config(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,3 +85,18 @@ def _make_client(
     from fgtp_pass.vllm.offline import AllRanksClient
 
     return AllRanksClient(vllm_config, *args, **kw)
+
+
+def _init_executor(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    """Runs in the process of the engine, before it meets the others'."""
+    from fgtp_pass.vllm import failure, settings
+
+    options = settings.read_options(vllm_config.compilation_config, vllm_config.additional_config)
+    failure.ENGINES.timeout_seconds = options.timeout_seconds if options is not None else None
+    stock(self, vllm_config, *args, **kwargs)
+
+
+def _between_engines(stock: Any, *args: Any, **kwargs: Any) -> Any:
+    from fgtp_pass.vllm import failure
+
+    return failure.between_engines(stock, *args, **kwargs)

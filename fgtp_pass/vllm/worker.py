@@ -8,8 +8,9 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from fgtp_pass.errors import ConfigError
-from fgtp_pass.vllm.failure import naming_the_cause
+from fgtp_pass.vllm import failure
 from fgtp_pass.vllm.lockstep import join_host_messages
+from fgtp_pass.vllm.settings import read_options
 from fgtp_pass.vllm.taking_part import TakingPart
 from fgtp_pass.vllm.work import IDLE, STEP
 
@@ -31,20 +32,33 @@ class ShardedWorker(_Stock):  # type: ignore[misc]
         join_host_messages()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
-        self._part = TakingPart(self.model_runner, self.vllm_config)
+        config = self.vllm_config
+        options = read_options(config.compilation_config, config.additional_config)
+        assert options is not None
+        self._peers = failure.workers(options.timeout_seconds)
+        with self._peers.naming_the_cause("as it loaded the model"):
+            super().load_model(*args, **kwargs)
+            self._part = TakingPart(self.model_runner, config)
+
+    def determine_available_memory(self) -> Any:
+        with self._peers.naming_the_cause("as it measured its memory"):
+            return super().determine_available_memory()
+
+    def compile_or_warm_up_model(self) -> Any:
+        with self._peers.naming_the_cause("as it compiled and warmed up"):
+            return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        with naming_the_cause("a step"):
+        with self._peers.naming_the_cause("in a step"):
             STEP.begin(self._part.scheduled.work(scheduler_output))
             return super().execute_model(scheduler_output, *args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        with naming_the_cause("a step"):
+        with self._peers.naming_the_cause("in a step"):
             return super().sample_tokens(*args, **kwargs)
 
     def execute_dummy_batch(self) -> None:
-        with naming_the_cause("an idle step"):
+        with self._peers.naming_the_cause("in an idle step"):
             STEP.begin(IDLE)
             super().execute_dummy_batch()
             self._part.settle(prompts=True)
