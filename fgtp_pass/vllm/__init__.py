@@ -7,6 +7,7 @@
     meta_plan     which layers are sharded: the core's detection on a meta-device trace
     layer_limits  the core's patterns, within what vLLM's layers can be cut into
     kept_plan     the plan from disk, where the same configuration was planned before
+    checkpoint_identity  what tells one checkpoint from another, before any of it is loaded
     born_sharded  layers that are born sharded, and emit marker ops
     projections   the same for what makes queries, keys and values
     marker_ops    the marker ops: whole shapes for the graph, collectives when run eagerly
@@ -18,7 +19,7 @@
     stretch       an FFN without a graph
     experts       how planning sees experts; shared ones, within vLLM's op, are such an FFN
     worker        the worker process, in which they do
-    failure       what a rank says when another has failed
+    failure       waits for other ranks: how long they are, and who is named when one fails
     lockstep      what keeps the data-parallel ranks in step
     offline       the client of `LLM(data_parallel_size=N)`, which feeds every rank
     host          every private name of vLLM that is used, checked when it is loaded

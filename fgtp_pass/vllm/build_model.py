@@ -19,6 +19,7 @@ from fgtp_pass.plan.plan import Plan, format_bytes
 from fgtp_pass.versions import library_versions
 from fgtp_pass.vllm import host
 from fgtp_pass.vllm.born_sharded import LAYER_CLASSES, register
+from fgtp_pass.vllm.checkpoint_identity import checkpoint_identity
 from fgtp_pass.vllm.experts import run_in_order
 from fgtp_pass.vllm.kept_plan import plan_or_kept
 from fgtp_pass.vllm.logits import Exchange, ShardedLogitsProcessor
@@ -62,8 +63,9 @@ def build_model(
         )
         register_layers(projections=not chooser.settled or chooser.sizes["qkv"] > 1)
         plan, roles = plan_or_kept(vllm_config, options, chooser, group.size)
+        checkpoint = checkpoint_identity(model_config, vllm_config.load_config)
     control.require_equal(
-        {"plan": plan.fingerprint, "vllm": host.vllm_version()}
+        {"plan": plan.fingerprint, "vllm": host.vllm_version(), "checkpoint": checkpoint}
         | step_settings(vllm_config)
         | library_versions()
     )
