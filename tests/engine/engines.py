@@ -221,13 +221,19 @@ class Engines:
         return [o.value for o in outcomes]
 
     def outcomes(
-        self, function: Callable[..., Any], *args: Any, timeout: float = HANG
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = HANG,
+        awaited: Sequence[int] | None = None,
     ) -> list[Outcome]:
-        """What happened on each rank. Raises RankTimeout, with all logs, after `timeout`."""
+        """What happened on each rank, or on those awaited. Raises RankTimeout, with all logs, after
+        `timeout`.
+        """
         self._calls += 1
         forks = _Forks(self._world, self._server(), [self._log(r) for r in range(self._world)])
         try:
-            return forks.outcomes(function, *args, timeout=timeout)
+            return forks.outcomes(function, *args, timeout=timeout, awaited=awaited)
         except RankTimeout as error:
             logs = [f"--- log of rank {r}\n{self.log(r)[-20000:]}" for r in range(self._world)]
             raise RankTimeout("\n".join([str(error), *logs])) from None

@@ -2,7 +2,8 @@
 FGTP_TEST_PIECEWISE is set, the compilation mode that vLLM uses on GPUs; where FGTP_TEST_PLAIN is,
 plain weights, as there; where FGTP_TEST_OPAQUE is, experts in one op and shared ones beside it, as
 there; where FGTP_TEST_MEMORY is, the memory that loading takes; where FGTP_TEST_IMAGES is, what
-models that read images need beside torchvision, which there is not for every torch.
+models that read images need beside torchvision, which there is not for every torch; where
+FGTP_TEST_FAULT is, the fault of one rank that this file asks for.
 """
 
 import faulthandler
@@ -30,6 +31,10 @@ def install() -> None:
         _watch_memory()
     if "FGTP_TEST_IMAGES" in os.environ:
         _do_without_torchvision()
+    if "FGTP_TEST_FAULT" in os.environ:
+        import faults
+
+        faults.install()
     if "FGTP_TEST_PIECEWISE" in os.environ:
         from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
 

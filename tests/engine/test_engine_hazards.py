@@ -1,16 +1,16 @@
-"""What must not hang: ranks without work, requests that are given up, ranks that differ or die."""
+"""What must not hang: ranks without work, requests that are given up, ranks that differ.
+
+Ranks that die, stop or raise are in test_engine_faults.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from engines import Answer, Engines, Job, generate, merged, run_rank, shared
 from random_checkpoints import Checkpoints, prompts
@@ -100,38 +100,3 @@ def test_ranks_that_were_told_different_things(
     for outcome in engines(2).outcomes(run_rank, told, free_port()):
         assert outcome.error == "AgreementError", outcome
         assert differ in outcome.message
-
-
-def _loses_its_worker(llm: Any, job: Job) -> str:
-    """Rank 1 kills its own worker between two steps; rank 0 must end, and say why."""
-    # found before the first step: rank 0 must not be done by the time that it is killed
-    mine = psutil.Process().children(recursive=True)
-    (worker,) = [process for process in mine if not process.children()]  # under the engine core
-    engine = _started(llm, job, tokens=90)
-    begun = time.monotonic()
-    try:
-        for step in range(1000):
-            if step == 1 and os.environ["FGTP_TEST_RANK"] == "1":
-                worker.send_signal(signal.SIGKILL)
-            engine.step()
-    except Exception as error:
-        return f"{time.monotonic() - begun:.0f} s: {type(error).__name__}"
-    return "went on"
-
-
-def test_a_rank_that_dies_takes_the_others_with_it(
-    engines: Callable[[int], Engines], checkpoint: Checkpoints
-) -> None:
-    model = checkpoint("llama")
-    pool = engines(2)
-    options = shared(fgtp_options={"timeout_seconds": 20})
-    given = [
-        Job(model, {i: prompts()[i]}, options, run=_loses_its_worker, processes="fork")
-        for i in range(2)
-    ]
-    ended = pool(*given)
-    log = pool.log(0)
-    for said in ended:
-        assert "EngineDeadError" in said, said
-        assert int(said.split()[0]) < 60
-    assert "rank 1 did not answer" in log or "rank 1 said" in log, log[-3000:]

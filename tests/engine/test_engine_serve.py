@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from engines import Answer, shared, tokens_of
+from faults import Fault, is_over
 from fork_server import Fork, ForkServer, session
+from marks import full
 from openai import APIError, OpenAI
 from random_checkpoints import Checkpoints, prompts
 from ranks import HANG
@@ -87,14 +90,46 @@ def test_clients_at_once(
     assert "fgtp: ranks 0 to 1 share" in log
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["at rest", "with requests"])
-def test_sigterm_ends_every_process(
-    checkpoint: Checkpoints, server: Callable[..., ForkServer], tmp_path: Path, busy: bool
+def shared_memory(processes: list[Fork]) -> set[Path]:
+    """The files in /dev/shm that they hold."""
+    maps = [psutil.Process(process.pid).memory_maps() for process in processes]
+    held = {Path(one.path) for every in maps for one in every if one.path.startswith("/dev/shm/")}
+    return {file for file in held if file.exists()}
+
+
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        (signal.SIGTERM, "at rest"),
+        (signal.SIGTERM, "with requests"),
+        (signal.SIGTERM, "as ranks meet"),
+        pytest.param(signal.SIGINT, "with requests", marks=full),
+        pytest.param(signal.SIGINT, "as ranks meet", marks=full),
+    ],
+)
+def test_a_signal_ends_every_process(
+    checkpoint: Checkpoints,
+    server: Callable[..., ForkServer],
+    tmp_path: Path,
+    number: signal.Signals,
+    when: str,
 ) -> None:
+    """And leaves nothing in /dev/shm."""
     model, given = checkpoint("llama"), prompts(STREAMS)
     sizes = json.dumps(shared()["additional_config"])
     arguments = ("--data-parallel-size", "2", "-cc.passes=fgtp", "--additional-config", sizes)
-    with serving(server(), tmp_path / "served", model, *arguments) as served:
+    fault = tmp_path / "fault"
+    starting, busy = when == "as ranks meet", when == "with requests"
+    if starting:
+        Fault("late", "start").ask(fault)
+    with serving(
+        server(),
+        tmp_path / "served",
+        model,
+        *arguments,
+        environment={"FGTP_TEST_FAULT": str(fault)},
+        answers=not starting,
+    ) as served:
 
         def ask(i: int) -> int:
             """How many tokens came before the server was gone."""
@@ -114,13 +149,18 @@ def test_sigterm_ends_every_process(
             answers = [pool.submit(ask, i) for i in (given if busy else ())]
             for _ in range(2 * len(answers)):
                 assert started.acquire(timeout=HANG)
+            while starting and not is_over(fault):
+                time.sleep(0.1)
             running = [Fork(p.pid) for p in session(served.process.pid)]
             running.remove(served.process)  # which goes on as a process of these tests
             assert len(running) >= 7  # 2 API servers, the coordinator, 2 engines with a worker each
-            os.kill(served.process.pid, signal.SIGTERM)
+            held = shared_memory(running)
+            assert held
+            os.kill(served.process.pid, number)
             begun = time.monotonic()
             for process in running:
                 process.join(PATIENCE + begun - time.monotonic())
             left = [process for process in running if process.is_alive()]
         assert not left, served.log.read_text()[-8000:]
+        assert not [file for file in held if file.exists()]
         assert any(answer.result() < 80 for answer in answers) or not busy

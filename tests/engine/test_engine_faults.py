@@ -1,0 +1,261 @@
+"""The columns of the fault matrix that are vLLM's: something befalls the worker of rank 1.
+
+docs/reliability.md shows the matrix. "first call" is the start of the engines, where ranks meet;
+"decode" a step in which all have requests; "ragged" one in which rank 1 idles. Every cell ends in
+the tokens of one unsharded rank, or in an error on rank 0 that names rank 1 and the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import zoo
+from engines import Answer, Engines, Job, shared, start
+from faults import Fault, happened, is_over
+from fork_server import Fork, ForkServer, session
+from marks import full
+from openai import APIError, OpenAI
+from random_checkpoints import CHECKPOINTS, Checkpoints, prompts
+from ranks import HANG, free_port
+from servers import serving
+from test_faults import FAULTS
+
+TIMEOUT = 20.0
+GRACE = 15.0  # seconds: for what rank 0 asks of the others, and on a busy machine
+OWN = {0: (0,), 1: (1, 2)}  # the prompts of each rank
+LONG = {"prompts": prompts(3), "sampling": {"max_tokens": 60}}
+RIGHT = "right"  # the tokens of one unsharded rank
+
+
+def _away(why: str) -> dict[str, str]:
+    """By stage, what the log of rank 0 says where rank 1 is the cause."""
+    late, in_vain = "rank 1 did not come within 20 s", r"rank 0 waited \d+ s in a step, in vain"
+    return {"first call": late} | dict.fromkeys(("decode", "ragged"), f"{in_vain}: rank 1 {why}")
+
+
+# by fault and stage
+CELLS: dict[str, dict[str, str]] = {
+    "kill -9": _away("ended"),
+    "SIGSTOP": _away("did not come within 20 s"),
+    "exit": _away("ended"),
+    "exception in user code": _away("failed: ValueError: mine"),
+    "slow": dict.fromkeys(("first call", "decode", "ragged"), RIGHT),
+    "wrong weights": {"first call": "differ in checkpoint: rank 0 has .*; rank 1 has"},
+    "wrong options": {"first call": "differ in max_num_seqs: rank 0 has 8; rank 1 has 7"},
+    "wrong library version": {"first call": "differ in torch: rank 0 has .*; rank 1 has 1.0"},
+    "wrong token count": {"decode": "rank 1 failed: AgreementError: this rank has 2 rows"},
+}
+# with `vllm serve`, which ends all engines as soon as one has ended, before rank 0 gives up
+SERVED = {
+    (fault, "first call"): r"\(EngineCore_DP1 .* EngineCore failed to start"
+    for fault in ("kill -9", "exit", "exception in user code")
+}
+TYPICAL = (
+    *((fault, "decode") for fault in ("kill -9", "SIGSTOP", "exception in user code")),
+    *(("slow", "ragged"), ("wrong weights", "first call"), ("wrong token count", "decode")),
+)
+
+
+def cells(*kept: tuple[str, str]) -> list[Any]:
+    """All cells as parameters, `full` but for those kept."""
+    return [
+        pytest.param(fault, stage, marks=() if (fault, stage) in kept else full)
+        for fault, stages in CELLS.items()
+        for stage in stages
+    ]
+
+
+@pytest.fixture
+def fault_file(tmp_path: Path) -> Path:
+    return tmp_path / "fault"
+
+
+def _fault(name: str, stage: str, folder: Path) -> Fault:
+    """What befalls rank 1; writes the other checkpoint that it may need."""
+    at = "start" if stage == "first call" else "rows" if name == "wrong token count" else "step"
+    if name != "wrong weights":
+        return Fault(name, at)
+    other = folder / "other"
+    zoo.build("llama", seed=1, **CHECKPOINTS["llama"].overrides).save_pretrained(other)
+    return Fault(name, at, model=str(other))
+
+
+def _sampling(tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+def _until_it_ends(
+    file: Path, fault: Fault, tokens: dict[int, int], jobs: list[Job], port: int
+) -> Any:
+    """In a rank: its tokens, by the number of the prompt, or the error that ended it, with when.
+
+    tokens: to make of each prompt, by rank. Rank 0 asks for the fault, in its fifth step: rank 1 is
+    done with 2 tokens by then.
+    """
+    rank = int(os.environ["FGTP_TEST_RANK"])
+    job = jobs[rank]
+    try:
+        engine = start(job, rank, len(jobs), port).llm_engine
+        for i, ids in job.prompts.items():
+            engine.add_request(str(i), {"prompt_token_ids": list(ids)}, _sampling(tokens[rank]))
+        found: dict[int, list[int]] = {}
+        step = 0
+        while engine.has_unfinished_requests():
+            step += 1
+            if rank == 0 and step == 5 and fault.at != "start":
+                fault.ask(file)
+            for out in engine.step():
+                if out.finished:
+                    found[int(out.request_id)] = list(out.outputs[0].token_ids)
+        return found
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.time()
+
+
+@pytest.mark.parametrize(("fault", "stage"), cells(*TYPICAL))
+def test_spmd(
+    engines: Callable[[int], Engines],
+    checkpoint: Checkpoints,
+    unsharded: Callable[..., Answer],
+    fault_file: Path,
+    tmp_path: Path,
+    fault: str,
+    stage: str,
+) -> None:
+    what, said = _fault(fault, stage, tmp_path), CELLS[fault][stage]
+    if what.at == "start":
+        what.ask(fault_file)
+    given = prompts()
+    tokens = {0: 60, 1: 2 if stage == "ragged" else 60}
+    jobs = [
+        Job(
+            checkpoint("llama"),
+            {i: given[i] for i in own},
+            shared(fgtp_options={"timeout_seconds": TIMEOUT}),
+            {"FGTP_TEST_FAULT": str(fault_file)},
+            processes="fork",
+        )
+        for own in OWN.values()
+    ]
+    pool = engines(2)
+    stopped = fault == "SIGSTOP"  # vLLM waits for its own worker longer than for the others
+    run = pool.outcomes(
+        functools.partial(_until_it_ends, fault_file, what, tokens),
+        jobs,
+        free_port(),
+        awaited=[0] if stopped else None,
+    )
+    for outcome in run:
+        assert not outcome.error, outcome.trace
+    if said == RIGHT:
+        want = unsharded("llama", LONG)
+        for rank, outcome in enumerate(run):
+            assert outcome.value == {i: want.tokens[i][: tokens[rank]] for i in OWN[rank]}
+        assert happened(fault_file)
+        return
+    assert re.search(said, pool.log(0)), (run[0].value, pool.log(0)[-8000:])
+    for rank, outcome in enumerate(run):
+        assert isinstance(outcome.value, tuple), (rank, outcome.value)
+        took = outcome.value[1] - happened(fault_file)
+        print(f"{fault}, {stage}: rank {rank} after {took:.1f} s: {outcome.value[0]}")
+        assert took < TIMEOUT + GRACE, (rank, outcome.value)
+
+
+@pytest.mark.parametrize(("fault", "stage"), cells(("kill -9", "decode")))
+def test_serve(
+    server: Callable[..., ForkServer],
+    checkpoint: Checkpoints,
+    unsharded: Callable[..., Answer],
+    fault_file: Path,
+    tmp_path: Path,
+    fault: str,
+    stage: str,
+) -> None:
+    """Requests end in an error, the log names rank 1, and the server and all its processes end."""
+    what, said = _fault(fault, stage, tmp_path), SERVED.get((fault, stage), CELLS[fault][stage])
+    if what.at == "start":
+        what.ask(fault_file)
+    model, given = checkpoint("llama"), prompts()
+    config = shared(fgtp_options={"timeout_seconds": TIMEOUT})["additional_config"]
+    arguments = ("--data-parallel-size", "2", "-cc.passes=fgtp")
+    arguments += ("--additional-config", json.dumps(config))
+    environment = {"FGTP_TEST_FAULT": str(fault_file)}
+    comes_up = said == RIGHT or what.at != "start"
+    with serving(
+        server(), tmp_path / "served", model, *arguments, environment=environment, answers=comes_up
+    ) as served:
+        started = {i: threading.Semaphore(0) for i in given}
+
+        def ask(i: int, rank: int) -> tuple[list[int], str, float]:
+            client = OpenAI(base_url=served.url, api_key="none", timeout=HANG, max_retries=0)
+            tokens: list[int] = []
+            error = ""
+            try:
+                for part in client.completions.create(
+                    model=model, prompt=given[i], max_tokens=60, stream=True, temperature=0,
+                    extra_body={"ignore_eos": True, "return_token_ids": True},
+                    extra_headers={"X-data-parallel-rank": str(rank)},
+                ):  # fmt: skip
+                    if part.choices:
+                        tokens += part.choices[0].token_ids
+                    started[i].release()
+            except (APIError, httpx.HTTPError) as caught:
+                error = f"{type(caught).__name__}: {caught}"
+            return tokens, error, time.time()
+
+        running = [Fork(p.pid) for p in session(served.process.pid)]
+        if not comes_up:
+            while not is_over(fault_file):
+                time.sleep(0.1)
+            running = [Fork(p.pid) for p in session(served.process.pid)]
+        running.remove(served.process)  # which goes on as a process of these tests
+        answers = {}
+        with ThreadPoolExecutor() as pool:
+            if comes_up:
+                asking = (0,) if stage == "ragged" else OWN
+                answers = {i: pool.submit(ask, i, rank) for rank in asking for i in OWN[rank]}
+                for i in [*answers] * 5:
+                    assert started[i].acquire(timeout=HANG)
+                if what.at != "start":
+                    what.ask(fault_file)
+        if said == RIGHT:
+            want = unsharded("llama", LONG)
+            for i, answer in answers.items():
+                assert answer.result()[:2] == (want.tokens[i], "")
+            assert happened(fault_file)
+            return
+        for i, answer in answers.items():
+            _, error, when = answer.result()
+            took = when - happened(fault_file)
+            print(f"{fault}, {stage}: request {i} after {took:.1f} s: {error}")
+        for process in running:
+            process.join(HANG)
+        print(f"{fault}, {stage}: ended after {time.time() - happened(fault_file):.1f} s")
+        log = served.log.read_text()
+    assert re.search(said, log), log[-8000:]
+    for answer in answers.values():
+        _, error, when = answer.result()
+        assert error
+        assert when - happened(fault_file) < TIMEOUT + GRACE
+
+
+def test_the_columns_are_documented() -> None:
+    """A fault that no cell is of has a dash in both columns."""
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    matrix = {row[0].strip("`"): row[5:] for row in rows if len(row) == 7}
+    assert [fault for fault, vllm in matrix.items() if vllm != ["-", "-"]] == list(CELLS)
+    assert sorted(matrix) == sorted(FAULTS)
