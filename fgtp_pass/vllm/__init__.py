@@ -17,6 +17,7 @@
     work          what each rank does outside the graph, told to the others in vLLM's own message
     taking_part   where idle ranks take part in it
     stretch       an FFN without a graph
+    adapters      LoRA beside sharded layers
     experts       how planning sees experts; shared ones, within vLLM's op, are such an FFN
     worker        the worker process, in which they do
     failure       waits for other ranks: how long they are, and who is named when one fails

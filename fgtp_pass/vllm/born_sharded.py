@@ -68,7 +68,7 @@ def role_or_whole(layer: nn.Module, stock: type[nn.Module], args: Any, kwargs: A
     construction = current_construction()
     role = construction.role_of(layer) if construction is not None else None
     if role is None:
-        layer.__class__ = stock  # LoRA and others compare types
+        layer.__class__ = stock  # vLLM compares types in places
         stock.__init__(layer, *args, **kwargs)
     return role
 
@@ -150,26 +150,34 @@ class ShardedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
         if not self.input_is_parallel:
             raise DetectionError(f"{role.weight.fqn} splits its own input, which cannot be cut.")
         tp = parallel_state.get_tp_group()
-        self._adds_bias = not self.skip_bias_add and tp.rank_in_group == 0
+        self.adds_bias = not self.skip_bias_add and tp.rank_in_group == 0
         self._reduces = self.reduce_results and tp.world_size > 1
         inputs = self.input_size_per_partition * role.group_size
         self.fgtp = describe(self, role, (self.output_size, inputs), cut_dim=1)
 
     def forward(self, input_: torch.Tensor) -> Any:
-        bias, weight = self.bias if self._adds_bias else None, _plain_weight(self)
-        if torch.compiler.is_compiling():
-            out = torch.ops.fgtp.linear(input_, weight, bias, self.fgtp.name, self.output_size)
-        elif self.fgtp.stretch is None:
-            out = whole_linear(self.fgtp, input_, weight, bias, self.output_size)
-        else:
-            name, component = self.fgtp.weight.fqn, self.fgtp.component
-            check_arrived(input_, self.input_size_per_partition, name, component)
-            out = sum_of_cut(self.fgtp, input_, weight, bias)
+        out = row_output(self, input_)
         if self._reduces:
             out = tensor_model_parallel_all_reduce(out)
         if not self.return_bias:
             return out
         return out, self.bias if self.skip_bias_add else None
+
+
+def row_output(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """[..., in] -> [..., out], before tensor-parallel ranks add theirs. Without a graph, in an FFN,
+    x holds this rank's features of all tokens of the group.
+    """
+    sharded, weight = layer.fgtp, _plain_weight(layer)
+    bias = layer.bias if layer.adds_bias else None
+    if torch.compiler.is_compiling():
+        out: torch.Tensor = torch.ops.fgtp.linear(x, weight, bias, sharded.name, layer.output_size)
+        return out
+    if sharded.stretch is None:
+        return whole_linear(sharded, x, weight, bias, layer.output_size)
+    name, component = sharded.weight.fqn, sharded.component
+    check_arrived(x, layer.input_size_per_partition, name, component)
+    return sum_of_cut(sharded, x, weight, bias)
 
 
 def finish_column(
@@ -196,12 +204,13 @@ def _part_by_part(x: torch.Tensor, group_size: int, widths: list[int]) -> torch.
     return torch.cat([part.flatten(-2) for part in torch.split(by_rank, widths, -1)], -1)
 
 
-def column_forward(layer: Any, x: torch.Tensor) -> Any:
-    """The whole output where there is a graph; without one, in an FFN, this rank's features of
+def column_output(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """[..., in] -> [..., out]. Without a graph, in an FFN, the result has this rank's features of
     all tokens of the group.
     """
     sharded, weight = layer.fgtp, _plain_weight(layer)
     features = sharded.weight.shape[0]
+    out: torch.Tensor
     if torch.compiler.is_compiling():
         out = torch.ops.fgtp.linear(x, weight, layer.bias, sharded.name, features)
     elif sharded.stretch is None:
@@ -211,6 +220,11 @@ def column_forward(layer: Any, x: torch.Tensor) -> Any:
         out = sharded.on_shard(everyone, weight, layer.bias)
     if layer.fgtp_parts is not None:
         out = _part_by_part(out, sharded.group.size, layer.fgtp_parts)
+    return out
+
+
+def column_forward(layer: Any, x: torch.Tensor) -> Any:
+    out = column_output(layer, x)
     return (out, None) if layer.return_bias else out
 
 

@@ -44,6 +44,18 @@ _NEEDED: dict[str, tuple[str, ...]] = {
         "num_tokens",
         "num_tokens_across_dp",
     ),
+    "vllm.lora.layers.LogitsProcessorWithLoRA._get_logits": (
+        "hidden_states",
+        "lm_head",
+        "embedding_bias",
+        "skip_gather",
+    ),
+    "vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA._get_quant_method": (),
+    "vllm.lora.model_manager.from_layer": ("layer", "max_loras", "lora_config"),
+    "vllm.lora.model_manager.from_layer_logits_processor": ("layer", "lm_head", "max_loras"),
+    "vllm.lora.model_manager.get_punica_wrapper": (),
+    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.add_lora_linear": ("y", "x"),
+    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.add_lora_embedding": ("y", "x"),
     "vllm.model_executor.custom_op.op_registry_oot": (),
     "vllm.model_executor.layers.rotary_embedding._ROPE_DICT": (),
     "vllm.model_executor.layers.linear.LinearBase": ("input_size", "output_size", "quant_config"),
@@ -107,6 +119,16 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model": (),
     "vllm.v1.worker.gpu_worker.Worker.determine_available_memory": (),
     "vllm.v1.worker.gpu_worker.Worker.execute_dummy_batch": (),
+    "vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin.maybe_dummy_run_with_lora": (
+        "lora_config",
+        "num_scheduled_tokens",
+        "num_sampled_tokens",
+    ),
+    "vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin.maybe_select_dummy_loras": (
+        "lora_config",
+        "num_scheduled_tokens",
+        "num_sampled_tokens",
+    ),
 }
 
 

@@ -118,7 +118,7 @@ def step_settings(config: Any) -> dict[str, str]:
     compiled one, or one that pads to a captured CUDA graph for one that does not.
     """
     compilation, scheduler = config.compilation_config, config.scheduler_config
-    speculative = config.speculative_config
+    speculative, lora = config.speculative_config, config.lora_config
     return {
         "compilation mode": str(compilation.mode),
         "cudagraph_mode": str(compilation.cudagraph_mode),
@@ -129,6 +129,7 @@ def step_settings(config: Any) -> dict[str, str]:
         "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
         "num_speculative_tokens": str(speculative and speculative.num_speculative_tokens),
         "multimodal inputs or prompts as embeddings": str(embeds_outside(config.model_config)),
+        "lora_target_modules": str(sorted(lora.target_modules or ["all"]) if lora else None),
     }
 
 
@@ -166,16 +167,20 @@ SEQUENCE_PARALLEL = (
 def check_engine(config: Any, options: Options) -> None:
     """Raise ConfigError for what the pass does not support in a `VllmConfig`, with the reason."""
     parallel = config.parallel_config
-    speculative = config.speculative_config
     model, encoders = config.model_config, config.model_config.multimodal_config
+    speculative, lora = config.speculative_config, config.lora_config
     refused = {
         "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
         "data_parallel_size = 1: there is no other rank to share weights with": (
             parallel.data_parallel_size == 1
         ),
-        "LoRA: it replaces layers by their type and would leave the sharded ones out": (
-            config.lora_config is not None
+        "LoRA in models with experts: not tried": (
+            lora is not None and config.model_config.get_num_experts() > 0
         ),
+        "LoRA beside speculative decoding: not tried": (
+            lora is not None and speculative is not None
+        ),
+        "fully_sharded_loras: not tried": lora is not None and lora.fully_sharded_loras,
         "micro-batching (enable_dbo): two halves of a batch would share one group": (
             parallel.use_ubatching
         ),

@@ -9,6 +9,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from fgtp_pass.errors import ConfigError
 from fgtp_pass.vllm import failure
+from fgtp_pass.vllm.adapters import over_shards, without_adapters
 from fgtp_pass.vllm.lockstep import join_host_messages
 from fgtp_pass.vllm.settings import read_options
 from fgtp_pass.vllm.taking_part import TakingPart
@@ -36,7 +37,7 @@ class ShardedWorker(_Stock):  # type: ignore[misc]
         options = read_options(config.compilation_config, config.additional_config)
         assert options is not None
         self._peers = failure.workers(options.timeout_seconds)
-        with self._peers.naming_the_cause("as it loaded the model"):
+        with self._peers.naming_the_cause("as it loaded the model"), over_shards():
             super().load_model(*args, **kwargs)
             self._part = TakingPart(self.model_runner, config)
 
@@ -60,7 +61,8 @@ class ShardedWorker(_Stock):  # type: ignore[misc]
     def execute_dummy_batch(self) -> None:
         with self._peers.naming_the_cause("in an idle step"):
             STEP.begin(IDLE)
-            super().execute_dummy_batch()
+            with without_adapters(self.model_runner):
+                super().execute_dummy_batch()
             self._part.settle(prompts=True)
 
 

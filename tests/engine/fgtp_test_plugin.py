@@ -1,9 +1,10 @@
 """Loaded in every vLLM process of a test: stacks on SIGUSR1, the bytes of the weights; where
 FGTP_TEST_PIECEWISE is set, the compilation mode that vLLM uses on GPUs; where FGTP_TEST_PLAIN is,
 plain weights, as there; where FGTP_TEST_OPAQUE is, experts in one op and shared ones beside it, as
-there; where FGTP_TEST_MEMORY is, the memory that loading takes; where FGTP_TEST_IMAGES is, what
-models that read images need beside torchvision, which there is not for every torch; where
-FGTP_TEST_FAULT is, the fault of one rank that this file asks for.
+there; where FGTP_TEST_ADAPTERS is, a graph beside adapters, as there; where FGTP_TEST_MEMORY is,
+the memory that loading takes; where FGTP_TEST_IMAGES is, what models that read images need beside
+torchvision, which there is not for every torch; where FGTP_TEST_FAULT is, the fault of one rank
+that this file asks for.
 """
 
 import faulthandler
@@ -35,6 +36,10 @@ def install() -> None:
         import faults
 
         faults.install()
+    if "FGTP_TEST_ADAPTERS" in os.environ:
+        from vllm.platforms.cpu import CpuPlatform
+
+        CpuPlatform.get_punica_wrapper = classmethod(lambda cls: "adapter_kernels.OpKernels")
     if "FGTP_TEST_PIECEWISE" in os.environ:
         from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
 
@@ -57,6 +62,8 @@ def _force_piecewise() -> None:
         if asked and config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
             config.compilation_config.mode = CompilationMode.VLLM_COMPILE
             config.compilation_config.compile_sizes = []
+        if "FGTP_TEST_ADAPTERS" in os.environ:  # on CPUs vLLM has no graph beside these
+            config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
 
     check_and_update_config.fgtp_test = True  # type: ignore[attr-defined]
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)

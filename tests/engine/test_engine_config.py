@@ -42,6 +42,7 @@ def errors_of(folders: dict[str, str], cases: dict[str, dict[str, Any]]) -> dict
 
 ONE_RANK = {"data_parallel_size": 1, "data_parallel_rank": None}
 ON = {"compilation_config": {"passes": ["fgtp"]}}
+_DRAFTS = {"num_speculative_tokens": 2, "prompt_lookup_max": 2}
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown pass": ({"compilation_config": {"passes": ["fgpt"]}}, "unknown pass 'fgpt'"),
     "unknown key of vLLM's": ({"compilation_config": {"passses": ["fgtp"]}}, "passses"),
@@ -62,7 +63,18 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         shared("sharedexpert") | {"tensor_parallel_size": 2, "enable_expert_parallel": True},
         "every tensor-parallel rank holds the shared ones whole",
     ),
-    "LoRA": (shared() | {"enable_lora": True}, "LoRA"),
+    "LoRA and experts": (
+        shared() | {"enable_lora": True, "hf_overrides": {"num_experts": 4}},
+        "LoRA in models with experts",
+    ),
+    "LoRA beside drafts": (
+        shared() | {"enable_lora": True, "speculative_config": {"method": "ngram"} | _DRAFTS},
+        "LoRA beside speculative decoding",
+    ),
+    "sharded LoRA": (
+        shared() | {"enable_lora": True, "fully_sharded_loras": True},
+        "fully_sharded_loras",
+    ),
     "launcher": (
         shared() | {"distributed_executor_backend": "external_launcher"},
         "external_launcher",
