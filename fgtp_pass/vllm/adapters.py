@@ -32,7 +32,7 @@ log = logging.getLogger("vllm.fgtp_pass")
 def over_shards() -> Iterator[None]:
     """While vLLM loads a model and wraps its layers for adapters: sharded ones come along."""
     apart: set[str] = set()
-    around = {
+    around: dict[str, Any] = {
         "from_layer": functools.partial(_wrap_layer, apart),
         "from_layer_logits_processor": _wrap_logits,
         "get_punica_wrapper": _kernels,
@@ -40,7 +40,7 @@ def over_shards() -> Iterator[None]:
     with ExitStack() as stack:
         for name, function in around.items():
             stock = getattr(model_manager, name)
-            replaced = functools.update_wrapper(functools.partial(function, stock), stock)
+            replaced: Any = functools.update_wrapper(functools.partial(function, stock), stock)
             stack.enter_context(mock.patch.object(model_manager, name, replaced))
         yield
     if apart:
@@ -83,7 +83,8 @@ def _wrap_layer(apart: set[str], stock: Any, layer: Any, *args: Any, **kwargs: A
         with _as_whole(layer):
             wrapped = stock(layer, *args, **kwargs)
     if wrapped is not layer:
-        wrapped.__class__ = _over_shard(type(wrapped))
+        wrapper: Any = type(wrapped)
+        wrapped.__class__ = _over_shard(wrapper)
         _run_apart(layer.fgtp, apart)
     return wrapped
 
@@ -123,7 +124,7 @@ class _Output:
 
 
 @functools.cache
-def _over_shard(wrapper: type[Any]) -> type[Any]:
+def _over_shard(wrapper: Any) -> Any:
     """vLLM's wrapper of linear layers, over a sharded one."""
 
     def _get_quant_method(self: Any) -> type[_Output]:

@@ -30,18 +30,18 @@ def _with_adapters(paths: Sequence[str], llm: Any, job: Job) -> Answer:
     from vllm.lora.request import LoRARequest
 
     engine, finished = llm.llm_engine, {}
-    adapters = [None, *(LoRARequest(f"a{n}", n, path) for n, path in enumerate(paths, 1))]
+    by_prompt = [None, *(LoRARequest(f"a{n}", n, path) for n, path in enumerate(paths, 1))]
 
     def ask(i: int) -> None:
         prompt = {"prompt_token_ids": list(job.prompts[i])}
-        engine.add_request(str(i), prompt, sampling(i), lora_request=adapters[i % 4])
+        engine.add_request(str(i), prompt, sampling(i), lora_request=by_prompt[i % 4])
 
     late = [i for i in job.prompts if i % 4 == LATE]
     for i in job.prompts.keys() - late:
         ask(i)
     for step in range(1000):
         if step == 4:
-            assert engine.add_lora(adapters[LATE])
+            assert engine.add_lora(by_prompt[LATE])
             for i in late:
                 ask(i)
         if step > 4 and not engine.has_unfinished_requests():
@@ -49,8 +49,8 @@ def _with_adapters(paths: Sequence[str], llm: Any, job: Job) -> Answer:
         for output in engine.step():
             if output.finished:
                 finished[int(output.request_id)] = output
-    (found,) = llm.apply_model(probe)
-    return answer_of(finished, [found | {"adapters": engine.list_loras()}])
+    adapters = {"adapters": engine.list_loras()}
+    return answer_of(finished, [found | adapters for found in llm.apply_model(probe)])
 
 
 def _write(folder: Path, model: str, *modules: Sequence[str]) -> list[str]:
@@ -128,6 +128,7 @@ def test_beside_tensor_parallelism(unsharded: One, sharded: Run, every: Any) -> 
     options = merged(shared(*COMPONENTS, "qkv"), ON, {"tensor_parallel_size": 2})
     got = sharded("llama", options, run=every, processes="fork")
     assert_same(unsharded("llama", {"run": every}, **ON), got)
+    assert all(len(answer.found) == 2 for answer in got)
 
 
 def test_ranks_with_other_target_modules(engines: Any, checkpoint: Checkpoints) -> None:
