@@ -72,8 +72,8 @@ def of_encoders(model: nn.Module) -> dict[str, str]:
     """Weights with which a multimodal model reads images, sounds and the like, with the reason."""
     if not supports_multimodal(model):
         return {}
-    language_model: Any = model.get_language_model()
-    own = {id(parameter) for parameter in language_model.parameters()}
+    any_model: Any = model  # of whatever class vLLM has for it
+    own = {id(parameter) for parameter in any_model.get_language_model().parameters()}
     return {
         name: "it is outside the language model, in an encoder, which does not run in every step, "
         "and at counts of its own"
