@@ -68,12 +68,11 @@ def absorbed(model: nn.Module) -> dict[str, str]:
     }
 
 
-def of_encoders(model: nn.Module) -> dict[str, str]:
+def of_encoders(model: Any) -> dict[str, str]:
     """Weights with which a multimodal model reads images, sounds and the like, with the reason."""
     if not supports_multimodal(model):
         return {}
-    any_model: Any = model  # of whatever class vLLM has for it
-    own = {id(parameter) for parameter in any_model.get_language_model().parameters()}
+    own = {id(parameter) for parameter in model.get_language_model().parameters()}
     return {
         name: "it is outside the language model, in an encoder, which does not run in every step, "
         "and at counts of its own"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Job, merged, probe, shared
-from random_checkpoints import Checkpoints, parts, prompts
+from engines import Job, merged, probe, run_rank, shared
+from random_checkpoints import Checkpoints, parts, prompts, write_tokenizer
+from ranks import free_port
 
 SHARED = ("embedding", "oproj", "mlp")
-SMALL = {"runner": "pooling", "max_num_seqs": 2, "max_num_batched_tokens": 32}
+SMALL: dict[str, Any] = {"runner": "pooling", "max_num_seqs": 2, "max_num_batched_tokens": 32}
+SMALL |= {"skip_tokenizer_init": False}  # vLLM asks for a tokenizer here
 
 
 def _embed(llm: Any, job: Job) -> dict[str, Any]:
@@ -23,6 +26,7 @@ def _embed(llm: Any, job: Job) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(engines: Any, checkpoint: Checkpoints) -> dict[str, Any]:
+    write_tokenizer(Path(checkpoint("qwen3")))
     options = SMALL | {"enforce_eager": True}
     found: dict[str, Any] = engines(1)(Job(checkpoint("qwen3"), prompts(), options, run=_embed))[0]
     return found
@@ -34,7 +38,13 @@ def test_vectors(engines: Any, checkpoint: Checkpoints, whole: dict[str, Any], r
     given, options = prompts(), merged(SMALL, shared(*SHARED))
     got = engines(2, runner)(
         *[
-            Job(checkpoint("qwen3"), {i: given[i] for i in part}, options, run=_embed)
+            Job(
+                checkpoint("qwen3"),
+                {i: given[i] for i in part},
+                options,
+                run=_embed,
+                processes="fork",
+            )
             for part in parts(len(given), 2)
         ]
     )
@@ -44,3 +54,11 @@ def test_vectors(engines: Any, checkpoint: Checkpoints, whole: dict[str, Any], r
             assert vector == pytest.approx(whole["vectors"][i], abs=1e-5)
         assert {component for component, _, _ in one["sites"]} == set(SHARED)
         assert one["bytes"] == whole["bytes"] - one["saved"]
+
+
+def test_prompts_that_are_kept_back_are_not_told(engines: Any, checkpoint: Checkpoints) -> None:
+    """Within one process vLLM's `LLM` asks other ranks whether to go on, but not at each step."""
+    job = Job(checkpoint("qwen3"), {0: prompts()[0]}, merged(SMALL, shared(*SHARED)), run=_embed)
+    for outcome in engines(2).outcomes(run_rank, (job, job), free_port()):
+        assert outcome.error == "ConfigError"
+        assert "VLLM_ENABLE_V1_MULTIPROCESSING=0" in outcome.message
