@@ -68,7 +68,7 @@ def on_two_ranks(engines: Any, job: Job, runner: str) -> list[Answer]:
     [
         ("llava", "v1"),
         ("qwen2_5_vl", "v1"),
-        ("llava", "v2"),
+        pytest.param("llava", "v2", marks=full),
         pytest.param("qwen2_5_vl", "v2", marks=full),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from engines import Job, merged, probe, run_rank, shared
+from marks import full
 from random_checkpoints import Checkpoints, parts, prompts, write_tokenizer
 from ranks import free_port
 
@@ -32,7 +33,7 @@ def whole(engines: Any, checkpoint: Checkpoints) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=full)])
 def test_vectors(engines: Any, checkpoint: Checkpoints, whole: dict[str, Any], runner: str) -> None:
     """In several steps, so that a rank is done before the other."""
     given, options = prompts(), merged(SMALL, shared(*SHARED))
