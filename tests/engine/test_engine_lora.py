@@ -49,8 +49,8 @@ def _with_adapters(paths: Sequence[str], llm: Any, job: Job) -> Answer:
         for output in engine.step():
             if output.finished:
                 finished[int(output.request_id)] = output
-    adapters = {"adapters": engine.list_loras()}
-    return answer_of(finished, [found | adapters for found in llm.apply_model(probe)])
+    workers = zip(llm.apply_model(probe), llm.collective_rpc("list_loras"), strict=True)
+    return answer_of(finished, [found | {"adapters": loaded} for found, loaded in workers])
 
 
 def _write(folder: Path, model: str, *modules: Sequence[str]) -> list[str]:
@@ -110,8 +110,11 @@ def test_of_attention_alone(
 
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=full)])
 def test_in_a_graph(engines: Any, unsharded: One, sharded: Run, every: Any, inductor: bool) -> None:
-    """With kernels that add to the result of a projection in place, as those of GPUs do."""
-    environment = {"FGTP_TEST_ADAPTERS": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
+    """With kernels that add to the result of a projection in place, and plain weights, as there are
+    on GPUs.
+    """
+    environment: dict[str, str | None] = {"FGTP_TEST_ADAPTERS": "1", "FGTP_TEST_PLAIN": "1"}
+    environment |= {"VLLM_LOGGING_LEVEL": "DEBUG"}
     if inductor:
         environment |= {"VLLM_CPU_CI_ENV": None}
     got = sharded("llama", merged(shared(), ON), run=every, environment=environment)
@@ -129,6 +132,18 @@ def test_beside_tensor_parallelism(unsharded: One, sharded: Run, every: Any) -> 
     got = sharded("llama", options, run=every, processes="fork")
     assert_same(unsharded("llama", {"run": every}, **ON), got)
     assert all(len(answer.found) == 2 for answer in got)
+
+
+@full
+def test_all_ranks_from_one_process(
+    engines: Any, checkpoint: Checkpoints, unsharded: One, every: Any
+) -> None:
+    """An adapter that is loaded while serving is then on every rank."""
+    options = merged(shared(), ON, {"data_parallel_size": 2})
+    job = Job(checkpoint("llama"), prompts(), options, run=every, processes="fork")
+    (got,) = engines(1)(job)
+    assert_same(unsharded("llama", {"run": every}, **ON), [got])
+    assert all(LATE in found["adapters"] for found in got.found)
 
 
 def test_ranks_with_other_target_modules(engines: Any, checkpoint: Checkpoints) -> None:
