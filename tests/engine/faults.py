@@ -1,8 +1,9 @@
 """Faults of one rank's worker, for tests/test_faults.py's matrix in vLLM.
 
 A test asks for one in the file that FGTP_TEST_FAULT names. It befalls the rank once: at "start",
-when it is about to load the model, before the ranks meet; or in a "step", when the ranks have told
-each other their token counts, and before the first collective of the model.
+when it is about to load the model, before the ranks meet; at a "message", before it tells the
+others its token count in vLLM's own message; or in a "step", before the first collective of the
+model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from ranks import HANG
 
 @dataclass(frozen=True)
 class Fault:
-    """name: as in the matrix. at: "start" or "step". model: another checkpoint, if it needs one."""
+    """name: as in the matrix. at: "start", "message" or "step".
+
+    model: another checkpoint, if it needs one.
+    """
 
     name: str
     at: str
@@ -75,7 +79,7 @@ def install() -> None:
         forward = model.forward
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            _befall(_due("step"), vllm_config, model_config)
+            _befall(_due("step"))
             return forward(*args, **kwargs)
 
         model.forward = step
@@ -83,10 +87,10 @@ def install() -> None:
 
     load_model.fgtp_fault = True  # type: ignore[attr-defined]
     BaseModelLoader.load_model = load_model
-    _announce_too_little()
+    _befall_at_messages()
 
 
-def _befall(fault: Fault | None, vllm_config: Any, model_config: Any) -> None:
+def _befall(fault: Fault | None, vllm_config: Any = None, model_config: Any = None) -> None:
     match fault.name if fault is not None else "":
         case "kill -9":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -112,16 +116,17 @@ def _befall(fault: Fault | None, vllm_config: Any, model_config: Any) -> None:
             mock.patch.object(build_model, "library_versions", return_value=versions).start()
 
 
-def _announce_too_little() -> None:
-    """One row less for lm_head than there is, where "wrong token count" is asked for."""
+def _befall_at_messages() -> None:
+    """A "wrong token count" is one row less for lm_head than there is."""
     from fgtp_pass.vllm.work import Scheduled
 
     stock = Scheduled.work
 
     def work(self: Any, scheduled: Any) -> Any:
-        said = stock(self, scheduled)
-        if said.logit_rows and _due("rows") is not None:
+        said, fault = stock(self, scheduled), _due("message")
+        if fault is not None and fault.name == "wrong token count":
             return replace(said, logit_rows=said.logit_rows - 1)
+        _befall(fault)
         return said
 
     Scheduled.work = work  # type: ignore[method-assign]

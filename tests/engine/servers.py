@@ -11,6 +11,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from fork_server import Fork, ForkServer, fork_processes
@@ -29,6 +31,7 @@ class Served:
     process: Fork
     port: int
     log: Path
+    pipe: Connection  # by which the process tells of the command's end
 
     @property
     def url(self) -> str:
@@ -44,11 +47,18 @@ class Served:
                 time.sleep(0.2)
         raise AssertionError(f"the server did not come up\n{self.log.read_text()[-20000:]}")
 
+    def wait_until_over(self, seconds: float) -> None:
+        """Until the command has ended; then its process ends too, as it would without tests."""
+        if self.pipe.poll(seconds):
+            self.pipe.close()
+
 
 def _command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     from vllm.entrypoints.cli.main import main
 
     fork_processes()
+    resource_tracker._resource_tracker.__init__()  # its own, which tidies up when the command ends
+    resource_tracker.ensure_running()
     os.environ.update(environment)
     sys.argv = ["vllm", *arguments]
     main()
@@ -72,7 +82,7 @@ def serving(
     process = server.fork(there, folder / "log", folder / "stacks", rank=0)
     there.close()
     port = free_port()
-    served = Served(process, port, folder / "log")
+    served = Served(process, port, folder / "log", here)
     command = ("serve", model, "--port", str(port), *_SMALL, *arguments)
     try:
         here.send((_command, (command, environment or {}), {}))

@@ -83,7 +83,7 @@ def fault_file(tmp_path: Path) -> Path:
 
 def _fault(name: str, stage: str, folder: Path) -> Fault:
     """What befalls rank 1; writes the other checkpoint that it may need."""
-    at = "start" if stage == "first call" else "rows" if name == "wrong token count" else "step"
+    at = {"first call": "start", "decode": "message", "ragged": "step"}[stage]
     if name != "wrong weights":
         return Fault(name, at)
     other = folder / "other"
