@@ -86,7 +86,7 @@ def test_images(engines: Any, whole: Callable[..., Any], name: str, runner: str)
 
 
 def test_embeddings_of_images(engines: Any, whole: Callable[..., Any]) -> None:
-    """They come with the request, and no encoder is built, so layers have other numbers."""
+    """They come with the request, and the encoder has no weights."""
     job, want = whole("llava", embeddings_as_images, **EMBEDDED)
     assert want.tokens[1][:6] != want.tokens[4]
     assert_same(want, on_two_ranks(engines, job, "v1"))
