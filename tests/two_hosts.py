@@ -3,13 +3,17 @@
 Each has a name, an address and a disk of its own, as torchrun sees it.
 """
 
+import ctypes
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+_NAMES = 0x04000000  # CLONE_NEWUTS
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,21 @@ class Host:
     name: str
     address: str
     disk: Path
+
+    @property
+    def interface(self) -> str:
+        return f"{self.name}-eth"
+
+    def enter(self) -> None:
+        """Let this thread, and what it starts, be in the network of this host."""
+        with open(f"/run/netns/{self.name}") as network:
+            _call("setns", network.fileno(), 0)
+
+    def be(self) -> None:
+        """Let this thread, and what it starts, be in its network and under its name."""
+        self.enter()
+        _call("unshare", _NAMES)
+        socket.sethostname(self.name)
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Hosts:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env=os.environ | {"GLOO_SOCKET_IFNAME": f"{host.name}-eth", "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1"},
             )
             for host in self.hosts
         ]
@@ -84,7 +103,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts | None]:
         if not all(_ip(f"netns add {host.name}") for host in made):
             yield None
             return
-        ends = [f"{host.name}-eth" for host in made]
+        ends = [host.interface for host in made]
         joined = f"link add {ends[0]} netns {made[0].name} type veth peer name {ends[1]}"
         assert _ip(f"{joined} netns {made[1].name}")
         for host, end in zip(made, ends, strict=True):
@@ -95,6 +114,13 @@ def two_hosts(folder: Path) -> Iterator[Hosts | None]:
     finally:
         for host in made:
             _ip(f"netns delete {host.name}")
+
+
+def _call(function: str, *arguments: int) -> None:
+    """Call a function of the C library that Python 3.11 has not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc[function](*arguments):
+        raise OSError(ctypes.get_errno(), function)
 
 
 def _ip(command: str) -> bool:

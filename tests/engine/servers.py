@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fork_server import Fork, ForkServer, fork_processes
 from ranks import HANG, free_port
+from two_hosts import Host
 
 _SMALL = (
     *("--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "8"),
@@ -26,12 +27,14 @@ _SMALL = (
 
 @dataclass(frozen=True)
 class Served:
-    """A running command. url: of its API, with /v1. log: what it has printed."""
+    """A running command. pipe: says when it has ended. url: of its API, with /v1. log: what it has
+    printed.
+    """
 
     process: Fork
+    pipe: Connection
     port: int
     log: Path
-    pipe: Connection  # by which the process tells of the command's end
 
     @property
     def url(self) -> str:
@@ -39,13 +42,16 @@ class Served:
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + HANG
-        while self.process.is_alive() and time.monotonic() < deadline:
+        while not self.pipe.poll() and time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        raise AssertionError(f"the server did not come up\n{self.log.read_text()[-20000:]}")
+        ended = self.pipe.recv() if self.pipe.poll() else "it takes too long"
+        raise AssertionError(
+            f"the server did not come up: {ended}\n{self.log.read_text()[-20000:]}"
+        )
 
     def wait_until_over(self, seconds: float) -> None:
         """Until the command has ended; then its process ends too, as it would without tests."""
@@ -53,9 +59,11 @@ class Served:
             self.pipe.close()
 
 
-def _command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+def _command(arguments: Sequence[str], environment: Mapping[str, str], host: Host | None) -> None:
     from vllm.entrypoints.cli.main import main
 
+    if host is not None:
+        host.be()
     fork_processes()
     resource_tracker._resource_tracker.__init__()  # its own, which tidies up when the command ends
     resource_tracker.ensure_running()
@@ -71,21 +79,22 @@ def serving(
     model: str,
     *arguments: str,
     environment: Mapping[str, str] | None = None,
+    host: Host | None = None,
     answers: bool = True,
 ) -> Iterator[Served]:
     """`vllm serve MODEL ARGUMENTS`, up and running. Ends it, and all its processes.
 
-    answers: whether it has an API to wait for.
+    host: where it runs. answers: whether to wait until its API is up.
     """
     folder.mkdir(parents=True, exist_ok=True)
     here, there = multiprocessing.Pipe()
     process = server.fork(there, folder / "log", folder / "stacks", rank=0)
     there.close()
     port = free_port()
-    served = Served(process, port, folder / "log", here)
+    served = Served(process, here, port, folder / "log")
     command = ("serve", model, "--port", str(port), *_SMALL, *arguments)
     try:
-        here.send((_command, (command, environment or {}), {}))
+        here.send((_command, (command, environment or {}, host), {}))
         if answers:
             served.wait_until_up()
         yield served
