@@ -2,12 +2,13 @@
 
 import json
 import random
+import string
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import zoo
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 _COMMON: dict[str, Any] = {
@@ -150,6 +151,27 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="1").save_pretrained(
         folder
     )
+
+
+def write_text_tokenizer(folder: Path) -> None:
+    """512 tokens, as many as the models have: of ASCII, pairs of letters, and an end. A chat is
+    written out line by line.
+    """
+    characters = ["\n", *map(chr, range(32, 127))]
+    letters = string.ascii_lowercase
+    pairs = [(a, b) for a in letters for b in letters][: 511 - len(characters)]
+    tokens = [*characters, *(a + b for a, b in pairs), "<end>"]
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, pairs)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+        "assistant: "
+    )
+    fast.save_pretrained(folder)
 
 
 def prompts(count: int = 7, longest: int = 40) -> dict[int, list[int]]:
