@@ -48,15 +48,22 @@ class Served:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        ended = self.pipe.recv() if self.pipe.poll() else "it takes too long"
         raise AssertionError(
-            f"the server did not come up: {ended}\n{self.log.read_text()[-20000:]}"
+            f"the server did not come up: {self._why()}\n{self.log.read_text()[-20000:]}"
         )
 
     def wait_until_over(self, seconds: float) -> None:
         """Until the command has ended; then its process ends too, as it would without tests."""
         if self.pipe.poll(seconds):
             self.pipe.close()
+
+    def _why(self) -> str:
+        if not self.pipe.poll():
+            return "it takes too long"
+        try:
+            return str(self.pipe.recv())
+        except EOFError:
+            return "it was killed"
 
 
 def _command(arguments: Sequence[str], environment: Mapping[str, str], host: Host | None) -> None:
