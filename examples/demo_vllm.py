@@ -4,7 +4,8 @@
 
 Makes a tiny random Llama and a tiny random Qwen3-MoE, serves each with DP=2 first as it is and
 then with `"passes": ["fgtp"]`, sends the same completions to both over HTTP, some at once and some
-late, so that a rank idles, and compares the tokens. Needs vLLM (`make demo-vllm` installs its CPU
+late, so that a rank idles, and compares the tokens. Then the Llama once more, sharded, with the V2
+model runner, which GPUs use, and an EAGLE drafter. Needs vLLM (`make demo-vllm` installs its CPU
 build). Exits with status 1 if tokens differ, or if a server does not come up.
 """
 
@@ -19,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ import vllm_cpu_moe
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -40,6 +42,7 @@ from transformers import (
 
 START_SECONDS, REQUEST_SECONDS, NEW_TOKENS = 240, 120, 12
 VOCABULARY = 512
+V2_WITH_DRAFTER = "sharded, V2 model runner, EAGLE drafter"
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -63,15 +66,32 @@ def moe() -> PreTrainedModel:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SHAPE, **experts, mlp_only_layers=[0]))
 
 
-def write_checkpoint(model: PreTrainedModel, folder: Path) -> int:
-    """Random weights, as a checkpoint that vLLM loads. Returns their bytes."""
+def write_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
+    """Random weights, as a checkpoint that vLLM loads."""
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.normal_(0, 0.08)
     model.save_pretrained(folder)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return folder
+
+
+def write_drafter(folder: Path) -> Path:
+    """An EAGLE drafter of one layer; embedding and lm_head are its target's."""
+    config = LlamaConfig(**_SHAPE | {"num_hidden_layers": 1})
+    write_checkpoint(LlamaForCausalLM(config), folder)
+    weights = {
+        name.removeprefix("model."): weight
+        for name, weight in load_file(folder / "model.safetensors").items()
+        if "layers." in name and "input_layernorm" not in name
+    }
+    hidden = config.hidden_size
+    weights["fc.weight"] = torch.randn(hidden, 2 * hidden) * 0.08  # of a token and what precedes it
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["EagleLlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
 
 
 def free_port() -> int:
@@ -82,8 +102,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *arguments: str) -> Iterator[int]:
-    """A running `vllm serve` of two ranks; gives its port, and ends all its processes."""
+def serving(model: Path, log: Path, arguments: Sequence[str], v2: bool) -> Iterator[int]:
+    """A running `vllm serve` of two ranks; gives its port, and ends all its processes.
+
+    v2: with the V2 model runner, whose kernels then run in Triton's interpreter.
+    """
     port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
     command += ["--port", str(port), "--data-parallel-size", "2"]
@@ -92,8 +115,12 @@ def serving(model: Path, log: Path, *arguments: str) -> Iterator[int]:
     # small, and without a C++ compiler: graphs run uncompiled behind Dynamo
     cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     cpu |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_CI_ENV": "1"}
+    if v2:
+        cpu |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     plugin = log.parent / "plugin"
     vllm_cpu_moe.register(plugin)
+    # Python runs it in every process, before vLLM is imported
+    (plugin / "sitecustomize.py").write_text("import triton_on_cpus\ntriton_on_cpus.install()\n")
     before = filter(None, [os.environ.get("PYTHONPATH")])
     paths = [str(Path(vllm_cpu_moe.__file__).parent), str(plugin), *before]
     environment = os.environ | cpu | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -174,30 +201,41 @@ def main() -> None:
         json.dumps({"finegrained_tp_config": sizes}),
     )
     console.print("vllm serve MODEL --data-parallel-size 2", *map(repr, sharded), highlight=False)
-    table = Table("model", "weights per rank, unsharded", "sharded", "tokens")
+    table = Table("model", "served", "weights per rank", "tokens")
     failed = False
-    with tempfile.TemporaryDirectory(prefix="fgtp_demo_") as folder:
-        for name, make, extra in (
-            ("llama", dense, ()),
-            ("qwen3_moe", moe, ("--enable-expert-parallel", "--enforce-eager")),
+    with tempfile.TemporaryDirectory(prefix="fgtp_demo_") as name:
+        folder, want = Path(name), dict[Path, list[list[int]]]()
+        llama = write_checkpoint(dense(), folder / "llama")
+        qwen = write_checkpoint(moe(), folder / "qwen3_moe")
+        drafter = {"method": "eagle", "model": str(write_drafter(folder / "drafter"))}
+        drafts = json.dumps(drafter | {"num_speculative_tokens": 2})
+        experts = ("--enable-expert-parallel", "--enforce-eager")
+        for model, how, arguments in (
+            (llama, "unsharded", ()),
+            (llama, "sharded", sharded),
+            (llama, V2_WITH_DRAFTER, (*sharded, "--speculative-config", drafts)),
+            (qwen, "unsharded", experts),
+            (qwen, "sharded", (*experts, *sharded)),
         ):
-            model = Path(folder) / name
-            whole = write_checkpoint(make(), model)
-            tokens, log = {}, Path(folder) / f"{name}.log"
-            for variant, arguments in (("unsharded", ()), ("sharded", sharded)):
-                with (
-                    console.status(f"{name}, {variant}: starting vllm serve with two ranks ..."),
-                    serving(model, log, *extra, *arguments) as port,
-                ):
-                    console.print(f"{name}, {variant}: serving, sending ten completions")
-                    tokens[variant] = complete(port, model)
-            same = tokens["unsharded"] == tokens["sharded"]
+            log, what = folder / "log", f"{model.name}, {how}"
+            with (
+                console.status(f"{what}: starting vllm serve with two ranks ..."),
+                serving(model, log, arguments, v2=how == V2_WITH_DRAFTER) as port,
+            ):
+                console.print(f"{what}: serving, sending ten completions")
+                tokens = complete(port, model)
+            if model not in want:
+                want[model] = tokens
+                size = (model / "model.safetensors").stat().st_size
+                table.add_row(model.name, how, f"{size / 2**10:.1f} KiB", "those to compare with")
+                continue
+            same = tokens == want[model]
             failed |= not same
-            held = held_per_rank(log)
-            table.add_row(name, f"{whole / 2**10:.1f} KiB", held, "the same" if same else "DIFFER")
+            verdict = "the same" if same else "DIFFER"
+            table.add_row(model.name, how, held_per_rank(log), verdict)
     console.print(table)
     if failed:
-        raise SystemExit("the sharded server gave other tokens")
+        raise SystemExit("a sharded server gave other tokens")
 
 
 if __name__ == "__main__":

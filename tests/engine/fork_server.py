@@ -28,7 +28,7 @@ import vllm_cpu_moe
 from ranks import serve_calls
 
 HERE = Path(__file__).parent
-EXAMPLES = HERE.parent.parent / "examples"  # vllm_cpu_moe: what vLLM's CPU build lacks
+EXAMPLES = HERE.parent.parent / "examples"  # vllm_cpu_moe and triton_on_cpus are there
 # Dynamo and eager in the place of Inductor, one thread, no tcmalloc or libiomp
 ENVIRONMENT = {
     "VLLM_CPU_CI_ENV": "1",
