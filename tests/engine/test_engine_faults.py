@@ -1,7 +1,7 @@
 """The columns of the fault matrix that are vLLM's: something befalls the worker of rank 1.
 
 docs/reliability.md shows the matrix. "first call" is the start of the engines, where ranks meet;
-"decode" a step in which all have requests; "ragged" one in which rank 1 idles. Every cell ends in
+"decode" a step in which all have requests; "ragged" one in which rank 1 idles. Every fault ends in
 the tokens of one unsharded rank, or in an error on rank 0 that names rank 1 and the reason.
 """
 
@@ -38,42 +38,32 @@ LONG = {"prompts": prompts(3), "sampling": {"max_tokens": 60}}
 RIGHT = "right"  # the tokens of one unsharded rank
 
 
-def _away(why: str) -> dict[str, str]:
-    """By stage, what the log of rank 0 says where rank 1 is the cause."""
-    late, in_vain = "rank 1 did not come within 20 s", r"rank 0 waited \d+ s in a step, in vain"
-    return {"first call": late} | dict.fromkeys(("decode", "ragged"), f"{in_vain}: rank 1 {why}")
+LATE = "did not come within 20 s"
+IN_VAIN = r"rank 0 waited \d+ s in a step, in vain: rank 1"
 
-
-# by fault and stage
-CELLS: dict[str, dict[str, str]] = {
-    "kill -9": _away("ended"),
-    "SIGSTOP": _away("did not come within 20 s"),
-    "exit": _away("ended"),
-    "exception in user code": _away("failed: ValueError: mine"),
-    "slow": dict.fromkeys(("first call", "decode", "ragged"), RIGHT),
-    "wrong weights": {"first call": "differ in checkpoint: rank 0 has .*; rank 1 has"},
-    "wrong options": {"first call": "differ in max_num_seqs: rank 0 has 8; rank 1 has 7"},
-    "wrong library version": {"first call": "differ in torch: rank 0 has .*; rank 1 has 1.0"},
-    "wrong token count": {"decode": "rank 1 failed: AgreementError: this rank has 2 rows"},
+# by fault, the stage in which it is tried, and what the log of rank 0 says
+SPMD = {
+    "kill -9": ("decode", f"{IN_VAIN} ended"),
+    "SIGSTOP": ("ragged", f"{IN_VAIN} {LATE}"),
+    "exit": ("first call", f"rank 1 {LATE}"),
+    "exception in user code": ("decode", f"{IN_VAIN} failed: ValueError: mine"),
+    "slow": ("ragged", RIGHT),
+    "wrong weights": ("first call", "differ in checkpoint: rank 0 has .*; rank 1 has"),
+    "wrong options": ("first call", "differ in max_num_seqs: rank 0 has 8; rank 1 has 7"),
+    "wrong library version": ("first call", "differ in torch: rank 0 has .*; rank 1 has 1.0"),
+    "wrong token count": ("decode", "rank 1 failed: AgreementError: this rank has 2 rows"),
 }
-# with `vllm serve`, which ends all engines as soon as one has ended, before rank 0 gives up
-SERVED = {
-    (fault, "first call"): r"\(EngineCore_DP1 .* EngineCore failed to start"
-    for fault in ("kill -9", "exit", "exception in user code")
+SERVED = SPMD | {
+    "SIGSTOP": ("decode", f"{IN_VAIN} {LATE}"),
+    # `vllm serve` ends all engines as soon as one has ended, before rank 0 gives up
+    "exit": ("first call", r"\(EngineCore_DP1 .* EngineCore failed to start"),
+    "slow": ("decode", RIGHT),
 }
-TYPICAL = (
-    *((fault, "decode") for fault in ("kill -9", "SIGSTOP", "exception in user code")),
-    *(("slow", "ragged"), ("wrong weights", "first call"), ("wrong token count", "decode")),
-)
 
 
-def cells(*kept: tuple[str, str]) -> list[Any]:
-    """All cells as parameters, `full` but for those kept."""
-    return [
-        pytest.param(fault, stage, marks=() if (fault, stage) in kept else full)
-        for fault, stages in CELLS.items()
-        for stage in stages
-    ]
+def faults(*kept: str) -> list[Any]:
+    """All faults as parameters, `full` but for those kept."""
+    return [pytest.param(fault, marks=() if fault in kept else full) for fault in SPMD]
 
 
 @pytest.fixture
@@ -125,7 +115,9 @@ def _until_it_ends(
         return f"{type(error).__name__}: {error}", time.time()
 
 
-@pytest.mark.parametrize(("fault", "stage"), cells(*TYPICAL))
+@pytest.mark.parametrize(
+    "fault", faults("kill -9", "exception in user code", "wrong weights", "wrong token count")
+)
 def test_spmd(
     engines: Callable[[int], Engines],
     checkpoint: Checkpoints,
@@ -133,9 +125,9 @@ def test_spmd(
     fault_file: Path,
     tmp_path: Path,
     fault: str,
-    stage: str,
 ) -> None:
-    what, said = _fault(fault, stage, tmp_path), CELLS[fault][stage]
+    stage, said = SPMD[fault]
+    what = _fault(fault, stage, tmp_path)
     if what.at == "start":
         what.ask(fault_file)
     given = prompts()
@@ -174,7 +166,7 @@ def test_spmd(
         assert took < TIMEOUT + GRACE, (rank, outcome.value)
 
 
-@pytest.mark.parametrize(("fault", "stage"), cells(("kill -9", "decode")))
+@pytest.mark.parametrize("fault", faults("kill -9"))
 def test_serve(
     server: Callable[..., ForkServer],
     checkpoint: Checkpoints,
@@ -182,10 +174,10 @@ def test_serve(
     fault_file: Path,
     tmp_path: Path,
     fault: str,
-    stage: str,
 ) -> None:
     """Requests end in an error, the log names rank 1, and the server and all its processes end."""
-    what, said = _fault(fault, stage, tmp_path), SERVED.get((fault, stage), CELLS[fault][stage])
+    stage, said = SERVED[fault]
+    what = _fault(fault, stage, tmp_path)
     if what.at == "start":
         what.ask(fault_file)
     model, given = checkpoint("llama"), prompts()
@@ -225,8 +217,7 @@ def test_serve(
         answers = {}
         with ThreadPoolExecutor() as pool:
             if comes_up:
-                asking = (0,) if stage == "ragged" else OWN
-                answers = {i: pool.submit(ask, i, rank) for rank in asking for i in OWN[rank]}
+                answers = {i: pool.submit(ask, i, rank) for rank in OWN for i in OWN[rank]}
                 for i in [*answers] * 5:
                     assert started[i].acquire(timeout=HANG)
                 if what.at != "start":
@@ -257,5 +248,5 @@ def test_the_columns_are_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
     matrix = {row[0].strip("`"): row[5:] for row in rows if len(row) == 7}
-    assert [fault for fault, vllm in matrix.items() if vllm != ["-", "-"]] == list(CELLS)
+    assert [fault for fault, vllm in matrix.items() if vllm != ["-", "-"]] == list(SPMD)
     assert sorted(matrix) == sorted(FAULTS)
