@@ -175,6 +175,9 @@ def _import_vllm() -> None:
     import torch
 
     torch.set_num_threads(1)
+    from vllm.platforms.interface import Platform
+
+    Platform.simple_compile_backend = "eager"  # of small ops, which each engine would compile anew
     for name in _PRELOADED:
         importlib.import_module(name)
     from vllm.model_executor.models import registry
