@@ -33,6 +33,7 @@ from test_faults import FAULTS
 
 TIMEOUT = 20.0
 GRACE = 15.0  # seconds: for what rank 0 asks of the others, and on a busy machine
+ENDS = 120.0  # seconds: for all processes of a server to end
 OWN = {0: (0,), 1: (1, 2)}  # the prompts of each rank
 LONG = {"prompts": prompts(3), "sampling": {"max_tokens": 60}}
 RIGHT = "right"  # the tokens of one unsharded rank
@@ -232,10 +233,15 @@ def test_serve(
             _, error, when = answer.result()
             took = when - happened(fault_file)
             print(f"{fault}, {stage}: request {i} after {took:.1f} s: {error}")
+        served.wait_until_over(ENDS)
+        if fault == "SIGSTOP":  # the engine of the stopped worker may wait for it for minutes
+            running = []
         for process in running:
-            process.join(HANG)
+            process.join(ENDS)
+        left = [process for process in running if process.is_alive()]
         print(f"{fault}, {stage}: ended after {time.time() - happened(fault_file):.1f} s")
         log = served.log.read_text()
+    assert not left, log[-8000:]
     assert re.search(said, log), log[-8000:]
     for answer in answers.values():
         _, error, when = answer.result()
