@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import vllm_cpu_moe
@@ -177,9 +178,10 @@ def _import_vllm() -> None:
     torch.set_num_threads(1)
     from vllm.platforms.interface import Platform
 
-    Platform.simple_compile_backend = "eager"  # of small ops, which each engine would compile anew
-    for name in _PRELOADED:
-        importlib.import_module(name)
+    # small ops, which each engine would compile anew; not the model, whose backend is read later
+    with mock.patch.object(Platform, "simple_compile_backend", "eager"):
+        for name in _PRELOADED:
+            importlib.import_module(name)
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda function: function()  # a process that imports vLLM
