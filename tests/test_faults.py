@@ -4,9 +4,7 @@ docs/reliability.md shows the matrix. `STAGES`: at the first call, in decode (a 
 ragged step. Nothing of it may hang: an error comes within `timeout_seconds` and a little.
 """
 
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from fuzz.grammar import Program
 from fuzz.source import build
 from marks import full
+from process_faults import befall
 from ranks import Outcome, Pool
 
 import fgtp_pass
@@ -143,19 +142,11 @@ def _cell(fault: str, stage: str, goes_on: bool) -> tuple[str, str]:
         assert torch.allclose(fast(ids), plain(ids), atol=1e-9), "other numbers"
 
     def hurt_call(fast: Any) -> None:
+        if mine:
+            befall(fault)
         match fault if mine else "":
-            case "kill -9":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "SIGSTOP":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            case "exit":
-                os._exit(0)
-            case "exception in user code":
-                raise ValueError("mine")
             case "exception in the inner backend":
                 hurt[0] = True
-            case "slow":
-                time.sleep(3)
             case "missing idle step":
                 return
             case "wrong weights":

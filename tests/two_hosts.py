@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 _NAMES = 0x04000000  # CLONE_NEWUTS
 
 
@@ -90,8 +92,8 @@ class Hosts:
 
 
 @contextmanager
-def two_hosts(folder: Path) -> Iterator[Hosts | None]:
-    """Two hosts while it is entered, with disks in `folder`; None without the rights (root)."""
+def two_hosts(folder: Path) -> Iterator[Hosts]:
+    """Two hosts while it is entered, with disks in `folder`. Skips the test without the rights."""
     made = [
         Host(n, f"fgtp{os.getpid()}{n}", f"10.97.83.{n + 1}", folder / f"disk{n}") for n in (0, 1)
     ]
@@ -101,8 +103,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts | None]:
         path.mkdir()
     try:
         if not all(_ip(f"netns add {host.name}") for host in made):
-            yield None
-            return
+            pytest.skip("needs `ip` and the right to make network namespaces (root, Linux)")
         ends = [host.interface for host in made]
         joined = f"link add {ends[0]} netns {made[0].name} type veth peer name {ends[1]}"
         assert _ip(f"{joined} netns {made[1].name}")

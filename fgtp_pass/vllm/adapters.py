@@ -21,6 +21,7 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.platforms import current_platform
 
+from fgtp_pass.errors import ConfigError
 from fgtp_pass.vllm.born_sharded import LAYER_CLASSES, column_output, row_output
 from fgtp_pass.vllm.marker_ops import LAYERS
 from fgtp_pass.vllm.projections import PROJECTION_CLASSES
@@ -157,8 +158,11 @@ class _ShardedLogitsWithLoRA(LogitsProcessorWithLoRA):  # type: ignore[misc]
         embedding_bias: torch.Tensor | None = None,
         skip_gather: bool = False,
     ) -> torch.Tensor | None:
-        if skip_gather:
-            raise NotImplementedError("logits of an lm_head with adapters are gathered")
+        if skip_gather:  # of batch-sharded sampling, which is refused before: `check_engine`
+            raise ConfigError(
+                "logits of a tensor-parallel rank alone (skip_gather) are not supported beside "
+                "LoRA: adapters add to whole logits."
+            )
         logits: torch.Tensor | None = self.base_layer._get_logits(
             hidden_states, lm_head, embedding_bias
         )

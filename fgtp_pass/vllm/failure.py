@@ -77,7 +77,7 @@ class Peers:
     def _let_others_hear(self) -> None:
         """Wait until the others fail as well, or do something else."""
         keys = [f"{_PLACE}/why/{other}" for other in self._others]
-        with contextlib.suppress(BoardLostError):
+        with contextlib.suppress(BoardLostError):  # whoever kept it has ended: nobody to wait for
             self._board.wait(keys, _HEAR_SECONDS)
 
 

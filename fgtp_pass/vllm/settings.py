@@ -88,7 +88,7 @@ def refuse_dropped(words: Sequence[str], kept: Any) -> None:
     for word, following in itertools.pairwise([*words, ""]):
         option, given, value = word.partition("=")
         if option in ("-cc", "--compilation-config"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # not JSON, which vLLM's parser tells of
                 config = json.loads(value if given else following)
                 configs.append(config if isinstance(config, dict) else {})
     if any(map(asks, configs)) and not asks(kept) and "passes" not in configs[-1]:
@@ -189,6 +189,9 @@ def check_engine(config: Any, options: Options) -> None:
         ),
         "LoRA beside speculative decoding: not tried": (
             lora is not None and speculative is not None
+        ),
+        "batch-sharded sampling (enable_batch_sharded_sampling): not tried": bool(
+            parallel.enable_batch_sharded_sampling
         ),
         "fully_sharded_loras: not tried": lora is not None and lora.fully_sharded_loras,
         "micro-batching (enable_dbo): two halves of a batch would share one group": (

@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from process_faults import befall
 from ranks import HANG
 
 
@@ -91,21 +91,13 @@ def install() -> None:
 
 
 def _befall(fault: Fault | None, vllm_config: Any = None, model_config: Any = None) -> None:
-    match fault.name if fault is not None else "":
-        case "kill -9":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "SIGSTOP":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        case "exit":
-            os._exit(0)
-        case "exception in user code":
-            raise ValueError("mine")
-        case "slow":
-            time.sleep(3)
+    if fault is None:
+        return
+    befall(fault.name)
+    match fault.name:
         case "late":  # no row of the matrix
             time.sleep(HANG)
         case "wrong weights":
-            assert fault is not None
             model_config.model = fault.model
         case "wrong options":
             vllm_config.scheduler_config.max_num_seqs -= 1

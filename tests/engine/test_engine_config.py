@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 from engines import Engines, Job, engine_arguments, generate, set_environment, shared
 from fork_server import ForkServer
+from marks import full
 from multimodal import ENVIRONMENT, write_llava
 from random_checkpoints import Checkpoints, prompts
 from served import refusals
@@ -135,6 +136,15 @@ def errors(engines: Any, checkpoint: Checkpoints, tmp_path_factory: Any) -> dict
 @pytest.mark.parametrize("case", CASES)
 def test_refused_with_a_reason(errors: dict[str, str], case: str) -> None:
     assert CASES[case][1] in errors[case]
+
+
+@full
+def test_sampling_of_a_part_is_refused(engines: Any, checkpoint: Checkpoints) -> None:
+    """With the V2 runner; V1 has none."""
+    part = {"tensor_parallel_size": 2, "max_num_seqs": 8, "enable_batch_sharded_sampling": True}
+    cases = {"part": shared() | part}
+    (found,) = engines(1, "v2").run(errors_of, {"llama": checkpoint("llama")}, cases)
+    assert "does not support batch-sharded sampling" in found["part"]
 
 
 @pytest.mark.parametrize("case", ["good", "one string", "pass alone", "images", "pooling"])

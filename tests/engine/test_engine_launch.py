@@ -125,8 +125,6 @@ def test_a_host_without_a_server(
     """Two hosts of one rank each; the second is headless."""
     model = checkpoint("llama")
     with two_hosts(tmp_path) as hosts:
-        if hosts is None:
-            pytest.skip("needs `ip` and the right to make network namespaces (root, Linux)")
         first, second = hosts.hosts
         every = _arguments(2, "--data-parallel-size-local", "1", address=first.address)
         launches = {
