@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 help:
 	@echo "make demo        decode on two ranks, unsharded and sharded (1 min)"
-	@echo "make demo-vllm   vllm serve on two ranks, unsharded and sharded; installs vLLM for CPUs (3 min)"
+	@echo "make demo-vllm   vllm serve on two ranks, unsharded and sharded; installs vLLM for CPUs (5 min)"
 	@echo "make quick       the tests that answer a contributor (3 min)"
 	@echo "make test        every behaviour once, in real vLLM engines and in Chromium too (15 min)"
 	@echo "make test-all    every architecture in every mode (45 min)"

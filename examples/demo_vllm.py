@@ -39,6 +39,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.utils.logging import disable_progress_bar
 
 START_SECONDS, REQUEST_SECONDS, NEW_TOKENS = 240, 120, 12
 VOCABULARY = 512
@@ -192,6 +193,7 @@ def held_per_rank(log: Path) -> str:
 
 
 def main() -> None:
+    disable_progress_bar()  # of writing models of a megabyte
     console = Console()
     sizes = {f"{component}_tensor_parallel_size": 2 for component in COMPONENTS}
     sharded = (
