@@ -25,7 +25,6 @@ sampling, a network (loopback only), more ranks than cores. The logits of all va
 floor are compared before anything is timed.
 """
 
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -60,7 +59,8 @@ from fgtp_pass.algebra.path import Path
 from fgtp_pass.algebra.placement import Placement
 from fgtp_pass.algebra.price import by_messages
 from fgtp_pass.backend import runtime
-from fgtp_pass.plan.planner import Prices, plan_graph
+from fgtp_pass.plan.planner import PlannedGraph, plan_graph
+from fgtp_pass.plan.prices import Prices
 from fgtp_pass.weights import packing
 from fgtp_pass.weights.sharded_parameter import record_of
 
@@ -268,8 +268,10 @@ def apart() -> Iterator[None]:
         joined = path.start is not Placement.OWN or path.end is not Placement.OWN
         return (joined, *by_messages(path))
 
-    prices = Prices(at=lambda tokens: lambda match: price)
-    with mock.patch.object(runtime, "plan_graph", functools.partial(plan_graph, prices=prices)):
+    def plan(*args: Any, prices: Prices, joins: bool) -> PlannedGraph:
+        return plan_graph(*args, prices=Prices(at=lambda tokens: lambda match: price), joins=joins)
+
+    with mock.patch.object(runtime, "plan_graph", plan):
         yield
 
 

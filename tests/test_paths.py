@@ -19,7 +19,8 @@ import fgtp_pass
 from fgtp_pass import fgtp_backend
 from fgtp_pass.algebra.path import Path
 from fgtp_pass.backend import runtime
-from fgtp_pass.plan.planner import PlannedGraph, Prices, plan_graph
+from fgtp_pass.plan.planner import PlannedGraph, plan_graph
+from fgtp_pass.plan.prices import Prices
 
 # blocks one after the other, beside each other, with norms on both sides, behind, and experts
 BLOCKS = ("llama", "phi", "cohere", "gemma2", "olmo2", "gpt2", "qwen2_moe")
@@ -36,10 +37,10 @@ def drawn_by(seed: int, taken: set[str]) -> Callable[..., Any]:
     def price(path: Path) -> tuple[float, ...]:
         return (float(zlib.crc32(f"{seed} {path}".encode()) % 1000),)
 
-    prices = Prices(at=lambda tokens: lambda match: price, by_range=seed % 2 == 1)
+    drawn = Prices(at=lambda tokens: lambda match: price, by_range=seed % 2 == 1)
 
-    def plan(*args: Any, joins: bool) -> PlannedGraph:
-        planned = plan_graph(*args, prices=prices, joins=joins)
+    def plan(*args: Any, prices: Prices, joins: bool) -> PlannedGraph:
+        planned = plan_graph(*args, prices=drawn, joins=joins)
         planned = planned.at((0,) * len(planned.ranges))
         taken.update(str(site.path) for site in planned.sites)
         return planned

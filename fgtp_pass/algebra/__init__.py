@@ -5,5 +5,5 @@ of placements. Moving between two placements is a collective on dim 0; applying 
 one placement to another.
 
 May import: no other room.
-May be imported by: detect, patterns, plan, rewrite, cost, calibration, vllm.
+May be imported by: detect, patterns, plan, rewrite, cost, calibration, options, vllm.
 """

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from fgtp_pass.algebra.placement import APPLY, MOVES, Collective, Cut, Placement
@@ -149,13 +150,26 @@ def legal_paths(
     start: Placement = Placement.OWN,
     end: Placement = Placement.OWN,
     residual_bytes: int | None = None,
-) -> Iterator[Path]:
+) -> tuple[Path, ...]:
     """Every way from `start` through all stages to `end`, none that moves in a circle.
 
     residual_bytes: of one token of the residual that the last move is to carry, if any.
     """
-    for steps in _ways_through(stages, 0, start, end):
-        yield _priced(stages, group_size, start, steps, residual_bytes)
+    return _legal_paths(tuple(stages), group_size, start, end, residual_bytes)
+
+
+@lru_cache(maxsize=4096)  # a model's layers are alike, and each is looked at for many token counts
+def _legal_paths(
+    stages: tuple[StageShape, ...],
+    group_size: int,
+    start: Placement,
+    end: Placement,
+    residual_bytes: int | None,
+) -> tuple[Path, ...]:
+    return tuple(
+        _priced(stages, group_size, start, steps, residual_bytes)
+        for steps in _ways_through(stages, 0, start, end)
+    )
 
 
 def _ways_through(

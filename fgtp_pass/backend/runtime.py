@@ -4,8 +4,10 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -19,6 +21,7 @@ from fgtp_pass.agreement.control_group import (
 from fgtp_pass.agreement.equality import differing_items, require_same_items
 from fgtp_pass.agreement.hosts import ranks_on_smallest_host
 from fgtp_pass.agreement.message import Intent
+from fgtp_pass.backend.graph_programs import WritableGraph, Written
 from fgtp_pass.backend.inner import Compiled, compile_inner
 from fgtp_pass.collectives.groups import ComponentGroup, DataParallelGroup
 from fgtp_pass.detect.detect import Detection, detect
@@ -28,14 +31,12 @@ from fgtp_pass.options.auto_sizes import SizeChooser
 from fgtp_pass.options.options import Options
 from fgtp_pass.plan.plan import Plan, Site, WeightCut, format_bytes
 from fgtp_pass.plan.planner import PlannedGraph, check_requested, plan_graph
-from fgtp_pass.rewrite.idle_graph import idle_graph
-from fgtp_pass.rewrite.rewrite import RewrittenGraph, rewrite
-from fgtp_pass.step.idle_program import IdleProgram
+from fgtp_pass.step.idle_inputs import IdleInputs
 from fgtp_pass.step.idle_step import note_step
-from fgtp_pass.step.step import Step, collectives_of, sites_number
-from fgtp_pass.step.token_counts import TokenCounter
+from fgtp_pass.step.program import Key, Program, Programs
+from fgtp_pass.step.step import Step, sites_number
+from fgtp_pass.step.token_counts import RowGuards
 from fgtp_pass.versions import library_versions
-from fgtp_pass.weights import packing
 from fgtp_pass.weights.checksum import checksum
 from fgtp_pass.weights.shard import (
     forget_shard,
@@ -178,7 +179,14 @@ class Runtime:
     ) -> PlannedGraph:
         """What to do with the graph, as far as it fits with what is sharded already."""
         in_force = _in_force(gm, inputs)
-        planned = plan_graph(detection, self.sizes, self.group.size, in_force, joins=joins)
+        planned = plan_graph(
+            detection,
+            self.sizes,
+            self.group.size,
+            in_force,
+            prices=self._chooser.prices,
+            joins=joins,
+        )
         chosen = tuple(self._chooser.chosen.values())
         plan = planned.plan.model_copy(update={"chosen": chosen})
         return replace(planned, plan=plan)
@@ -226,19 +234,19 @@ class Runtime:
             )
         return planned, False
 
-    def _checksums(self, inputs: Sequence[Any], written: "Written | None") -> dict[str, str]:
+    def _checksums(self, inputs: Sequence[Any], given: "_ToCompile | None") -> dict[str, str]:
         """Of the weights that are to be cut, by name; none if they are not to be compared."""
-        if written is None or not self.options.check_weights:
+        if given is None or not self.options.check_weights:
             return {}
         return {
             cut.fqn: checksum(inputs[position])
-            for position, (cut, _) in written.rewritten.shards.items()
+            for position, (cut, _) in given.written.rewritten.shards.items()
             if not isinstance(inputs[position], (ShardedParameter, UnreadParameter))
         }
 
     def _write(
         self, gm: fx.GraphModule, inputs: Sequence[Any], planned: PlannedGraph
-    ) -> "Written | None":
+    ) -> "_ToCompile | None":
         """The rewritten graph, or None for a graph that stays as it is."""
         in_force = _in_force(gm, inputs)
         if not planned.sites and not in_force:
@@ -252,51 +260,48 @@ class Runtime:
                     f"{record.cut.fqn} is sharded over the ranks {record.group.ranks} by another "
                     "compiled model with another process_group. Call fgtp_pass.unshard first."
                 )
-        rewritten = rewrite(gm, planned, groups, in_force, self.options.tokens == "ragged")
-        packed = packing.packable(rewritten.module.graph, rewritten.shards)
-        packing.take_packed(rewritten.module, packed)
-        return Written(planned, rewritten, groups, packed)
+        graph = WritableGraph(gm, planned, groups, in_force, self.options.tokens == "ragged")
+        # the other ranks' tokens are not known yet
+        return _ToCompile(graph, planned.traced, graph.write(planned.traced))
 
     def _compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], written: "Written | None"
+        self, gm: fx.GraphModule, inputs: Sequence[Any], given: "_ToCompile | None"
     ) -> Compiled:
         """Shard what is whole, and compile the rewritten graph."""
-        if written is None:
+        if given is None:
             read_parameters(inputs)
             return compile_inner(self.options, gm, inputs)
-        planned, rewritten, groups = written.planned, written.rewritten, written.groups
+        graph, written = given.graph, given.written
+        shards, plan = written.rewritten.shards, graph.planned.plan
         how: dict[nn.Parameter, tuple[WeightCut, ComponentGroup] | None] = {
             value: None for value in inputs if isinstance(value, nn.Parameter)
         }
-        how |= {inputs[i]: (cut, groups[size]) for i, (cut, size) in rewritten.shards.items()}
+        how |= {inputs[i]: (cut, graph.groups[size]) for i, (cut, size) in shards.items()}
         packed = {inputs[i] for i in written.packed}
-        new = shard_parameters(how, planned.plan, packed, self.step_control)
+        new = shard_parameters(how, plan, packed, self.step_control)
         if new and self.group.rank == 0:
-            freed = format_bytes(planned.plan.bytes_saved_per_rank)
+            freed = format_bytes(plan.bytes_saved_per_rank)
             log.info("sharded %d weights, %s freed per rank", new, freed)
-            log.debug("%s", planned.plan)
-        compiled, guards = self._compile_rewritten(inputs, written)
-        idle, taken = idle_graph(gm, planned, rewritten.gathered, groups)
-        packing.take_packed(idle, [i for i, n in enumerate(taken) if n in written.packed])
+            log.debug("%s", plan)
+        compiled, guards = self._compile_first(inputs, written)
+        programs = Programs(graph.planned, partial(self._program, graph))
+        programs.made[given.key] = _as_program(graph, written, compiled, guards)
         step = Step(
-            compiled=compiled,
-            shards=tuple(rewritten.shards),
-            packed=written.packed,
-            counter=TokenCounter(gm.graph, planned.sites, guards),
-            sites=sites_number(planned.sites),
-            collectives=collectives_of(planned.sites, rewritten.gathered.values()),
+            programs=programs,
+            shards=tuple(shards),
+            counter=graph.counter,
+            sites=sites_number(graph.planned.sites),
             control=self.step_control,
             exchanges=self._exchanges,
-            ragged=self.options.tokens == "ragged",
-            idle=IdleProgram(idle, taken),
+            ragged=graph.ragged,
+            idle=IdleInputs(graph.idle_positions),
         )
-        for graph in (rewritten.module.graph, idle.graph):
-            dynamo.forget_values(graph)
-        note_step(step, (inputs[position] for position in rewritten.shards))
+        dynamo.forget_values(written.rewritten.module.graph)
+        note_step(step, (inputs[position] for position in shards))
         return step
 
-    def _compile_rewritten(
-        self, inputs: Sequence[Any], written: "Written"
+    def _compile_first(
+        self, inputs: Sequence[Any], written: Written
     ) -> tuple[Compiled, list[SizeGuard]]:
         """Compile with the shards, real and of static shape, in the place of the parameters."""
         given, rewritten = list(inputs), written.rewritten
@@ -309,6 +314,18 @@ class Runtime:
         with dynamo.new_inputs(static, rows, rewritten.row_inputs) as guards:
             compiled = compile_inner(self.options, rewritten.module, [*given, *rows])
         return compiled, guards
+
+    def _program(self, graph: WritableGraph, key: Key) -> Program:
+        """The graph along the paths for another number of tokens, compiled when it first runs.
+
+        Dynamo's own tracing is over by then, so it traces what was written, and guards it.
+        """
+        written = graph.write(key)
+        dynamo.forget_values(written.rewritten.module.graph)
+        backend = partial(compile_inner, self.options)
+        compiled = torch.compile(written.rewritten.module, backend=backend, fullgraph=True)
+        log.info("compiling a graph for another number of tokens per rank: %s", written.collectives)
+        return _as_program(graph, written, compiled, [])
 
 
 @dataclass(frozen=True)
@@ -323,16 +340,24 @@ class _Agreed:
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
-    """A rewritten graph with its plan and the component groups that it names.
+class _ToCompile:
+    """A graph, and what was written of it for the number of tokens that it was traced with."""
 
-    packed: the positions of the shards that it takes packed.
-    """
+    graph: WritableGraph
+    key: Key
+    written: Written
 
-    planned: PlannedGraph
-    rewritten: RewrittenGraph
-    groups: Mapping[int, ComponentGroup]
-    packed: frozenset[int]
+
+def _as_program(
+    graph: WritableGraph, written: Written, compiled: Compiled, guards: Sequence[SizeGuard]
+) -> Program:
+    return Program(
+        run=compiled,
+        packed=written.packed,
+        collectives=written.collectives,
+        guards=RowGuards(graph.module.graph, guards),
+        idle=written.idle,
+    )
 
 
 def _name(site: Site) -> str:
@@ -340,8 +365,11 @@ def _name(site: Site) -> str:
 
 
 def _paths(plan: Plan) -> dict[str, str]:
-    """By site, its path: which sites share a stretch, without what is computed in it."""
-    return {_name(site): site.path for site in plan.sites}
+    """By site, its paths: which sites share a stretch, without what is computed in it."""
+    return {
+        _name(site): "; ".join([site.path, *(one.path for one in site.ranges)])
+        for site in plan.sites
+    }
 
 
 def _in_force(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[WeightCut, int]]:

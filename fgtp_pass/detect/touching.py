@@ -32,6 +32,10 @@ class Beside:
     residual: fx.Node | None
     inner: frozenset[fx.Node]
 
+    @property
+    def between(self) -> tuple[Match, Match]:
+        return self.first, self.second
+
 
 @dataclass(frozen=True, eq=False)
 class Behind:
@@ -45,6 +49,10 @@ class Behind:
     def last(self) -> Match:
         """The site that hands the tokens of all on: of two beside each other the second."""
         return self.first.second if isinstance(self.first, Beside) else self.first
+
+    @property
+    def between(self) -> tuple[Match, Match]:
+        return self.last, self.second
 
 
 @dataclass(frozen=True)

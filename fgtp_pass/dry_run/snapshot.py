@@ -49,12 +49,13 @@ def snapshot_graphs(
     snapshots = []
     for module, planned in trace(model, args, kwargs, sizes, data_parallel_size, patterns):
         groups = {k: _group_of(rank, k) for k in set(sizes.values())}
-        rewritten = rewrite(module, planned, groups, {}, ragged=tokens == "ragged")
+        taken = planned.at(planned.traced)
+        rewritten = rewrite(module, taken, groups, {}, ragged=tokens == "ragged")
         snapshots.append(
             GraphSnapshot(
                 graph_text(module.graph),
                 graph_text(rewritten.module.graph),
-                Counter(c for site in planned.plan.sites for c in site.collectives),
+                Counter(c.value for site in taken.sites for c in site.path.collectives),
             )
         )
     return snapshots

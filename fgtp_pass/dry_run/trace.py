@@ -12,6 +12,7 @@ from fgtp_pass.detect.match import Pattern
 from fgtp_pass.errors import DetectionError
 from fgtp_pass.patterns import with_own
 from fgtp_pass.plan.planner import PlannedGraph, plan_graph
+from fgtp_pass.plan.prices import Prices
 
 
 def trace(
@@ -38,7 +39,9 @@ def trace(
             return
         seen.add((id(gm), *parameters))
         detection = detect(gm.graph, inputs, with_own(patterns), names)
-        traced.append((gm, plan_graph(detection, sizes, data_parallel_size, joins=joins)))
+        prices = Prices(by_range=True)
+        planned = plan_graph(detection, sizes, data_parallel_size, prices=prices, joins=joins)
+        traced.append((gm, planned))
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:

@@ -45,3 +45,13 @@ def size_inputs(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int | None]]:
                 if isinstance(size, torch.SymInt):
                     where.setdefault(size.node.expr, (position, dim))
     return where
+
+
+def traced_sizes(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Integer]:
+    """What the sizes of the inputs were when the graph was traced; asking guards nothing."""
+    placeholders = graph.find_nodes(op="placeholder")
+    found = {}
+    for symbol, (position, dim) in size_inputs(graph).items():
+        value = placeholders[position].meta["example_value"]
+        found[symbol] = sympy.Integer((value if dim is None else value.shape[dim]).node.hint)
+    return found

@@ -3,24 +3,29 @@
 import logging
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fgtp_pass import disk_cache
 from fgtp_pass.agreement.control_group import Exchange
 from fgtp_pass.agreement.message import Intent
+from fgtp_pass.algebra.price import Pricing
 from fgtp_pass.calibration.measure import measure
 from fgtp_pass.collectives.groups import DataParallelGroup, hostname
 from fgtp_pass.cost.advice import choose_sizes
 from fgtp_pass.cost.estimate import Cluster
 from fgtp_pass.cost.hardware import Hardware, detect, load
+from fgtp_pass.cost.path_seconds import path_seconds
 from fgtp_pass.cost.shape import component_shapes
 from fgtp_pass.detect.detect import Detection
+from fgtp_pass.detect.match import Match
 from fgtp_pass.errors import AgreementError
 from fgtp_pass.graph.op_kinds import value_of
 from fgtp_pass.options.options import MEASURE, Options
 from fgtp_pass.plan.plan import ChosenSize
 from fgtp_pass.plan.planner import plan_graph
+from fgtp_pass.plan.prices import BySite, Prices
 from fgtp_pass.plan.sizes import AUTO
 
 log = logging.getLogger("fgtp_pass")
@@ -52,6 +57,8 @@ class SizeChooser:
         auto: dict[str, int] | None = {} if self._by_cost else None
         self.sizes = options.sizes.resolve(group.size, ranks_on_host, auto)
         self.chosen: dict[str, ChosenSize] = {}
+        self._told = False
+        self._cluster: Cluster | None = None  # rank 0's, on all ranks
 
     @property
     def settled(self) -> bool:
@@ -70,20 +77,51 @@ class SizeChooser:
         auto = {match.component for match in detection.matches if asked[match.component] == AUTO}
         new = sorted(auto - self.chosen.keys())
         leads = self._group.rank == 0
-        if leads and new and self._hardware is None:
+        if leads and detection.matches and self._hardware is None:
             self._hardware = self._known_hardware(self._weight_of(detection))
-        payload = {"components": new, "measure": bool(new) and self._hardware is None}
+        first = bool(detection.matches) and not self._told
+        asked_to = self._options.hardware == MEASURE and first
+        measures = (bool(new) or asked_to) and self._hardware is None
+        payload: dict[str, Any] = {"components": new, "measure": measures}
         messages = self._control.exchange(Intent.SHARD, payload=payload)
         _check_same_components([message.payload for message in messages])
-        if not new:
+        if not new and self._told:
             return
         if messages[0].payload["measure"]:
             self._measure(self._weight_of(detection))
-        choices = self._choose(detection, new) if leads else []
-        messages = self._control.exchange(Intent.SHARD, payload=[c.model_dump() for c in choices])
-        for choice in map(ChosenSize.model_validate, messages[0].payload):
+        choices = self._choose(detection, new) if leads and new else []
+        constants = None if self._hardware is None else self._hardware.model_dump(mode="json")
+        payload = {"choices": [c.model_dump() for c in choices], "hardware": constants}
+        said = self._control.exchange(Intent.SHARD, payload=payload)[0].payload
+        for choice in map(ChosenSize.model_validate, said["choices"]):
             self.chosen[choice.component] = choice
             self.sizes[choice.component] = choice.size
+        self._told = True
+        if said["hardware"] is not None:
+            self._cluster = self._cluster_of(Hardware.model_validate(said["hardware"]))
+
+    @property
+    def prices(self) -> Prices:
+        """What paths are compared by: predicted time, for a declared decode batch and with the
+        constants of rank 0, else messages and bytes. The same on all ranks."""
+        batch = self._options.decode_batch
+        if batch is None or self._cluster is None:
+            return Prices(by_range=True)
+        seconds = path_seconds(self._cluster)
+
+        def at(tokens: int) -> BySite:
+            def by_site(match: Match) -> Pricing:
+                weight = value_of(match.parameters[0])
+                size, dtype = self.sizes[match.component], str(weight.dtype).removeprefix("torch.")
+                return lambda path: (seconds(path, tokens, size, dtype),)
+
+            return by_site
+
+        said = f"predicted time at {batch} tokens per rank on {self._cluster.hardware.title}"
+        return Prices(at, batch, by_range=True, said=said)
+
+    def _cluster_of(self, hardware: Hardware) -> Cluster:
+        return Cluster(hardware, self._group.size, self._ranks_on_host)
 
     def _choose(self, detection: Detection, components: list[str]) -> list[ChosenSize]:
         assert self._hardware is not None
@@ -92,7 +130,7 @@ class SizeChooser:
         plan = plan_graph(detection, sizes, self._group.size, joins=False).plan
         choice = choose_sizes(
             component_shapes(plan, str(self._weight_of(detection).dtype).removeprefix("torch.")),
-            Cluster(self._hardware, self._group.size, self._ranks_on_host),
+            self._cluster_of(self._hardware),
             self._options.decode_batch or 1,  # only the objective "memory" goes without
             self._options.objective or "balanced",
         )

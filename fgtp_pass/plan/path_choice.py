@@ -5,7 +5,7 @@ message; two sites whose results are added save one of their two last ones. Site
 forest, so the best choice is found from its leaves: each site's best path, given where it starts.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -25,6 +25,18 @@ class Choice:
     paths: Mapping[Match, Path]
     beside: tuple[Beside, ...] = ()
     behind: tuple[Behind, ...] = ()
+
+    @property
+    def links(self) -> tuple[Beside | Behind, ...]:
+        return (*self.beside, *self.behind)
+
+    def of(self, components: Collection[str]) -> "Choice":
+        """That of some components' sites, with the links between them."""
+        return Choice(
+            {match: path for match, path in self.paths.items() if match.component in components},
+            tuple(pair for pair in self.beside if pair.first.component in components),
+            tuple(link for link in self.behind if link.second.component in components),
+        )
 
 
 @dataclass(eq=False)

@@ -128,7 +128,7 @@ class Plan(_Frozen):
     """Everything that the pass will do to a model, the same on every rank.
 
     data_parallel_size: number of ranks that the component groups are cut from. chosen: the sizes
-    that the cost model chose, if it was asked to.
+    that the cost model chose, if it was asked to. paths_by: what the paths were compared by.
     """
 
     version: Literal[1] = 1
@@ -136,6 +136,7 @@ class Plan(_Frozen):
     sites: tuple[Site, ...] = ()
     left_alone: tuple[LeftAlone, ...] = ()
     chosen: tuple[ChosenSize, ...] = ()
+    paths_by: str = ""
 
     def cuts(self) -> dict[str, tuple[WeightCut, int]]:
         """The cut weights by name, each once, with its group size."""
@@ -150,6 +151,15 @@ class Plan(_Frozen):
     def bytes_saved_per_rank(self) -> int:
         """Bytes of weights that every rank frees. A tied weight counts once."""
         return sum(weight.bytes_saved(size) for weight, size in self.cuts().values())
+
+    @property
+    def gathered_bytes(self) -> int:
+        """The most that weights gathered for a step with many tokens take on a rank, for that time.
+
+        No more than two of them are there at once.
+        """
+        gathering = [s for s in self.sites if any(one.gathered_bytes for one in s.ranges)]
+        return 2 * max((w.nbytes for s in gathering for w in s.weights), default=0)
 
     @property
     def collectives_per_step(self) -> int:
@@ -222,7 +232,22 @@ class Plan(_Frozen):
         chosen = [
             f"{c.component}: {c.size if c.size > 1 else 'off'}, {c.reason}" for c in self.chosen
         ]
-        return "\n".join([line.rstrip() for line in lines] + [note, *chosen])
+        if self.paths_by:
+            note += f"; paths by {self.paths_by}"
+        return "\n".join([line.rstrip() for line in lines] + [note, *self._by_range(), *chosen])
+
+    def _by_range(self) -> list[str]:
+        """A line for each path that a component takes from some number of tokens on."""
+        found = dict.fromkeys(
+            f"{site.component} from {one.from_tokens} tokens per rank on: {one.path}"
+            for site in self.sites
+            for one in site.ranges
+            if one.from_tokens
+        )
+        if self.gathered_bytes:
+            most = format_bytes(self.gathered_bytes)
+            found[f"a step that gathers weights takes up to {most} more for them"] = None
+        return list(found)
 
     def _is_tied(self, site: Site) -> bool:
         mine = {w.fqn for w in site.weights if w.cut_dim is not None}
@@ -250,6 +275,7 @@ def merge(plans: Iterable[Plan]) -> Plan | None:
         sites=ordered,
         left_alone=tuple(rest.values()),
         chosen=tuple(dict.fromkeys(choice for plan in distinct for choice in plan.chosen)),
+        paths_by=distinct[0].paths_by,
     )
 
 
@@ -275,7 +301,7 @@ def make_site(
         collectives=tuple(c.value for c in path.collectives),
         widths=path.widths,
         bytes_per_token=path.bytes_per_token,
-        ranges=_ranged(ranges) if len({path for _, path in ranges}) > 1 else (),
+        ranges=_ranged(ranges) if any(other != path for _, other in ranges) else (),
         ops=hashlib.sha256(ops.encode()).hexdigest()[:8] if ops else "",
     )
 

@@ -1,23 +1,25 @@
 """plan: from sites and sizes to a `Plan`, the best legal path for each site."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from sympy import sympify
 from torch import fx
 
 from fgtp_pass.algebra.path import Path, StageShape
 from fgtp_pass.algebra.placement import APPLY, Cut, Placement
-from fgtp_pass.algebra.price import Pricing, by_messages
 from fgtp_pass.detect.detect import Detection
 from fgtp_pass.detect.match import LookupStage, Match, MatmulStage
 from fgtp_pass.detect.touching import Behind, Beside, Links
 from fgtp_pass.errors import DetectionError
 from fgtp_pass.graph.op_kinds import is_value, value_of
+from fgtp_pass.graph.size_expression import traced_sizes
 from fgtp_pass.graph.text import ops_text
 from fgtp_pass.plan.path_choice import Choice, choose_paths
 from fgtp_pass.plan.plan import LeftAlone, Plan, Site, WeightCut, make_site
-from fgtp_pass.plan.token_ranges import Range, ranges_of
+from fgtp_pass.plan.prices import Prices
+from fgtp_pass.plan.token_ranges import Ranges, range_of, ranges_of
 
 Shards = Mapping[fx.Node, tuple[WeightCut, int]]
 
@@ -39,9 +41,9 @@ class PlannedSite:
 class PlannedGraph:
     """The plan of one graph and what the rewriter needs beside it.
 
-    beside, behind: the links between sites that their paths use. ranges: by the number of tokens
-    that sites see, an expression, their paths from which number on; empty where these are the paths
-    for any.
+    beside, behind: the links between sites that their paths use. ranges: by the components of sites
+    that change their paths together, these from which number of tokens on; empty where the sites'
+    paths are those for any number.
     """
 
     plan: Plan
@@ -49,14 +51,25 @@ class PlannedGraph:
     detection: Detection
     beside: tuple[Beside, ...] = ()
     behind: tuple[Behind, ...] = ()
-    ranges: Mapping[object, tuple[Range, ...]] = field(default_factory=dict)
+    ranges: Ranges = field(default_factory=dict)
 
-    def program(self, tokens: Mapping[object, int]) -> tuple[int, ...]:
-        """Which range of each class of sites these numbers of tokens are in."""
+    def program(self, tokens: Mapping[str, int]) -> tuple[int, ...]:
+        """Which range each of `ranges` is in. tokens: the most that a component sees, by name."""
         return tuple(
-            max(i for i, one in enumerate(ranges) if one.first <= tokens[of])
-            for of, ranges in self.ranges.items()
+            range_of(ranges, max(tokens[component] for component in components))
+            for components, ranges in self.ranges.items()
         )
+
+    @property
+    def traced(self) -> tuple[int, ...]:
+        """The ranges of what the graph was traced with."""
+        known = traced_sizes(self.detection.view.graph)
+        most: dict[str, int] = {}
+        for site in self.sites:
+            tokens = int(sympify(site.match.tokens).xreplace(known))
+            component = site.match.component
+            most[component] = max(tokens, most.get(component, 0))
+        return self.program(most)
 
     def at(self, program: tuple[int, ...]) -> "PlannedGraph":
         """The graph with the paths of these ranges, the same for any number of tokens."""
@@ -72,6 +85,12 @@ class PlannedGraph:
             ranges={},
         )
 
+    @property
+    def all_behind(self) -> set[Behind]:
+        """The links of sites behind each other that the paths for any number of tokens use."""
+        ranged = (one.choice.behind for ranges in self.ranges.values() for one in ranges)
+        return {link for links in (self.behind, *ranged) for link in links}
+
     @cached_property
     def fronts(self) -> Mapping[Match, PlannedSite]:
         """By site, the first site of the stretch that it is in; all of a stretch see its tokens."""
@@ -85,24 +104,8 @@ class PlannedGraph:
         return {match: min(sites, key=order.__getitem__) for match, sites in stretch.items()}
 
     def _touching(self) -> Iterator[tuple[Match, Match]]:
-        for pair in self.beside:
-            yield pair.first, pair.second
-        for link in self.behind:
-            yield link.last, link.second
-
-
-@dataclass(frozen=True)
-class Prices:
-    """What paths are compared by.
-
-    at: by a number of tokens per rank, for each site its pricing. decode_tokens: the number that
-    weights are cut for. by_range: whether other numbers may take other paths, on which weights may
-    be gathered.
-    """
-
-    at: Callable[[int], Callable[[Match], Pricing]] = lambda tokens: lambda match: by_messages
-    decode_tokens: int = 1
-    by_range: bool = False
+        links: tuple[Beside | Behind, ...] = (*self.beside, *self.behind)
+        yield from (link.between for link in links)
 
 
 def plan_graph(
@@ -141,6 +144,7 @@ def plan_graph(
         data_parallel_size=data_parallel_size,
         sites=tuple(site.site for site in planned),
         left_alone=tuple(LeftAlone(fqn=f, reason=r) for f, r in sorted(left_alone.items())),
+        paths_by=prices.said,
     )
     return PlannedGraph(plan, planned, detection, choice.beside, choice.behind, ranges)
 
@@ -164,8 +168,8 @@ def _choose(
             for match, size in sizes.items()
             if (shaped := _stage_shapes(match, size, fixed, names))
         }
-        pricing = prices.at(prices.decode_tokens)
-        choice = choose_paths(shapes, sizes, detection.links, pricing)
+        by_site = prices.by_site(prices.decode_tokens)
+        choice = choose_paths(shapes, sizes, detection.links, by_site)
         cuts = {match: _site_cuts(match, path, names) for match, path in choice.paths.items()}
         clash = _first_clash(cuts, sizes)
         if clash is None:
@@ -175,18 +179,23 @@ def _choose(
 
 def _ranges(
     detection: Detection, sizes: Mapping[Match, int], cuts: _Cuts, prices: Prices
-) -> dict[object, tuple[Range, ...]]:
+) -> Ranges:
     """The paths for other numbers of tokens, on weights that are cut as for decode, or gathered."""
     held = {p: (cut, sizes[match]) for match, by_p in cuts.items() for p, cut in by_p.items()}
-    shapes = {
-        match: _stage_shapes(match, sizes[match], held, detection.view.parameters, gathers=True)
-        for match in cuts
-    }
+    names = detection.view.parameters
+    by_tokens = {match: _stage_shapes(match, sizes[match], held, names) for match in cuts}
+    gathering = {match: _stage_shapes(match, sizes[match], held, names, True) for match in cuts}
 
     def solve(tokens: int) -> Choice:
-        return choose_paths(shapes, sizes, detection.links, prices.at(tokens))
+        shapes = {
+            match: gathering[match]
+            if prices.may_gather(match, gathering[match], sizes[match], tokens)
+            else by_tokens[match]
+            for match in cuts
+        }
+        return choose_paths(shapes, sizes, detection.links, prices.by_site(tokens))
 
-    return ranges_of(solve, {match: match.tokens for match in cuts})
+    return ranges_of(solve)
 
 
 def _planned_sites(
@@ -194,9 +203,10 @@ def _planned_sites(
     choice: Choice,
     sizes: Mapping[Match, int],
     cuts: _Cuts,
-    ranges: Mapping[object, tuple[Range, ...]],
+    ranges: Ranges,
 ) -> tuple[PlannedSite, ...]:
     between = {link.second: link for link in choice.behind}
+    of_component = {name: one for names, one in ranges.items() for name in names}
     planned = []
     for match in cuts:
         site = make_site(
@@ -205,7 +215,7 @@ def _planned_sites(
             sizes[match],
             choice.paths[match],
             _others_ops(match, between.get(match), detection.view.numbers),
-            [(one.first, one.choice.paths[match]) for one in ranges.get(match.tokens, ())],
+            [(one.first, one.choice.paths[match]) for one in of_component.get(match.component, ())],
         )
         planned.append(PlannedSite(site, match, choice.paths[match], cuts[match]))
     return tuple(planned)

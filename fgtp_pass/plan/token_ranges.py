@@ -1,13 +1,13 @@
 """Which path each site takes at which number of tokens: decode moves tokens, prefill weights.
 
-Sites that see the same number of tokens change their paths together, since those that touch do.
+Components whose sites touch anywhere change their paths together, at the largest number of tokens
+that any of them sees: they share stretches of tokens. So the ranges depend on the plan alone, and
+what a rank runs on numbers that all ranks of a group know.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from fgtp_pass.detect.match import Match
 from fgtp_pass.plan.path_choice import Choice
 
 LARGEST = 1 << 17  # tokens per rank that are looked at; beyond, paths stay as they are there
@@ -15,19 +15,19 @@ LARGEST = 1 << 17  # tokens per rank that are looked at; beyond, paths stay as t
 
 @dataclass(frozen=True)
 class Range:
-    """The paths of sites that see one number of tokens, from `first` tokens per rank on."""
+    """The paths of some sites from `first` tokens per rank on."""
 
     first: int
     choice: Choice
 
 
-def ranges_of(
-    solve: Callable[[int], Choice], classes: Mapping[Match, object]
-) -> dict[object, tuple[Range, ...]]:
-    """By class of sites, its ranges in order; the first begins at no tokens.
+Ranges = Mapping[frozenset[str], tuple[Range, ...]]
 
-    solve: the best choice for all sites at a number of tokens. classes: by site, what is equal for
-    sites that always see the same number; only such sites are ever linked.
+
+def ranges_of(solve: Callable[[int], Choice]) -> Ranges:
+    """By components that change together, their ranges in order; the first begins at no tokens.
+
+    solve: the best choice for all sites at a number of tokens.
     """
     known: dict[int, Choice] = {}
 
@@ -37,49 +37,40 @@ def ranges_of(
         return known[tokens]
 
     grid = [1 << power for power in range(LARGEST.bit_length())]
-    found: dict[object, tuple[Range, ...]] = {}
-    for of in dict.fromkeys(classes.values()):
-        sites = {match for match, one in classes.items() if one == of}
-        found[of] = _ranges_for(at, sites, grid)
+    changes = [Range(0, at(grid[0]))]
+    for high in grid[1:]:
+        changes += _changes(at, high // 2, high)
+    found: dict[frozenset[str], tuple[Range, ...]] = {}
+    for components in _together([one.choice for one in changes]):
+        ranges: list[Range] = []
+        for one in changes:
+            choice = one.choice.of(components)
+            if not ranges or choice != ranges[-1].choice:
+                ranges.append(Range(one.first, choice))
+        found[components] = tuple(ranges)
     return found
 
 
-def _ranges_for(
-    at: Callable[[int], Choice], sites: set[Match], grid: Sequence[int]
-) -> tuple[Range, ...]:
-    def choice_at(tokens: int) -> Choice:
-        return restricted(at(tokens), sites)
-
-    ranges = [Range(0, choice_at(grid[0]))]
-    for low, high in pairwise(grid):
-        ranges += _changes(choice_at, low, high, ranges[-1].choice)
-    return tuple(ranges)
+def range_of(ranges: Sequence[Range], tokens: int) -> int:
+    """The number of the range that so many tokens are in."""
+    return max(number for number, one in enumerate(ranges) if one.first <= tokens)
 
 
-def _changes(
-    choice_at: Callable[[int], Choice], low: int, high: int, before: Choice
-) -> Sequence[Range]:
-    """The change between two numbers of tokens, if there is one: its first number by bisection."""
-    after = choice_at(high)
-    if same(before, after):
+def _changes(at: Callable[[int], Choice], low: int, high: int) -> list[Range]:
+    """The changes above `low` and up to `high`, by bisection; none where both ends are equal."""
+    if at(low) == at(high):
         return []
-    while high - low > 1:
-        middle = (low + high) // 2
-        if same(choice_at(middle), before):
-            low = middle
-        else:
-            high = middle
-    return [Range(high, choice_at(high))]
+    if high - low == 1:
+        return [Range(high, at(high))]
+    middle = (low + high) // 2
+    return [*_changes(at, low, middle), *_changes(at, middle, high)]
 
 
-def restricted(choice: Choice, sites: set[Match]) -> Choice:
-    """The choice for some sites, with the links between them."""
-    return Choice(
-        {match: path for match, path in choice.paths.items() if match in sites},
-        tuple(pair for pair in choice.beside if pair.first in sites),
-        tuple(link for link in choice.behind if link.second in sites),
-    )
-
-
-def same(one: Choice, other: Choice) -> bool:
-    return one.paths == other.paths and one.behind == other.behind and one.beside == other.beside
+def _together(choices: Sequence[Choice]) -> list[frozenset[str]]:
+    """The components, those apart that no choice lets share a stretch."""
+    groups = [{match.component} for match in choices[0].paths]
+    for link in (link for choice in choices for link in choice.links):
+        first, second = (one.component for one in link.between)
+        joined = [group for group in groups if first in group or second in group]
+        groups = [group for group in groups if group not in joined] + [set().union(*joined)]
+    return list(dict.fromkeys(map(frozenset, groups)))

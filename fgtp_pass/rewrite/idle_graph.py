@@ -1,6 +1,6 @@
 """The graph of a rank without tokens: its sites alone, on rows of zeros."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,16 +20,16 @@ def idle_graph(
     planned: PlannedGraph,
     gathered: Mapping[fx.Node, tuple[WeightCut, int]],
     groups: Mapping[int, ComponentGroup],
-) -> tuple[fx.GraphModule, list[int]]:
-    """The collectives alone, sites on rows of zeros, and which inputs of `module` it takes.
+    needed: Collection[fx.Node],
+) -> fx.GraphModule:
+    """The collectives alone, sites on rows of zeros.
 
-    Its inputs are those, then a row count per site.
+    needed: from `idle_needs`. Its inputs are those that are inputs of `module`, then a row count
+    per site.
     """
     graph = fx.Graph()
     env: dict[fx.Node, Any] = {}
-    placeholders = module.graph.find_nodes(op="placeholder")
-    needed = _idle_needs(planned) | gathered.keys()
-    for node in placeholders:
+    for node in module.graph.find_nodes(op="placeholder"):
         if node in needed:
             env[node] = graph.node_copy(node)
     rows = {site: graph.placeholder(f"rows_{number}") for number, site in enumerate(planned.sites)}
@@ -58,13 +58,16 @@ def idle_graph(
         elif node in values.ops:
             values.op(node)
     graph.output(())
-    positions = [i for i, node in enumerate(placeholders) if node in needed]
-    return fx.GraphModule(module, graph), positions
+    return fx.GraphModule(module, graph)
 
 
-def _idle_needs(planned: PlannedGraph) -> set[fx.Node]:
-    """The sites' parameters, and what the ops on others' tokens read, with what makes that."""
-    needed: set[fx.Node] = set()
+def idle_needs(planned: PlannedGraph, sharded: Collection[fx.Node]) -> set[fx.Node]:
+    """What the idle graphs of a plan read, whatever the number of tokens.
+
+    The parameters that are sharded, those of the sites, and what the ops on others' tokens read,
+    with what makes that.
+    """
+    needed = set(sharded)
     stack: list[fx.Node] = []
     for site in planned.sites:
         needed.update(site.cuts)
@@ -75,7 +78,7 @@ def _idle_needs(planned: PlannedGraph) -> set[fx.Node]:
             inner = {up.node for up in region.ups} | set(region.ops) | set(region.alias)
             computed = [op for op in region.ops if op_kind(op) is OpKind.POINTWISE]
             stack += [n for op in computed for n in op.all_input_nodes if n not in inner]
-    for link in planned.behind:
+    for link in planned.all_behind:
         between = {*link.region.inner, link.region.residual}
         stack += [n for op in link.region.ops for n in op.all_input_nodes if n not in between]
     while stack:

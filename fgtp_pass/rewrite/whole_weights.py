@@ -7,7 +7,6 @@ come: so it runs beside the matmul before, and no more than two gathered weights
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from fgtp_pass.collectives import functional
@@ -49,8 +48,8 @@ class WholeWeights:
     def _start(self, turns: int) -> None:
         for placeholder, group in self._turns[len(self._started) : turns]:
             shard = self._shards[placeholder]
-            if packing.supports(value_of(placeholder)):
-                shard = self._emit(torch.ops.fgtp_pass.plain.default, shard)
+            if value_of(placeholder).device.type == "cpu":  # it may be packed
+                shard = self._emit(packing.PLAIN, shard)
             self._started.append(functional.start_all_gather(self._emit, group, shard))
 
 

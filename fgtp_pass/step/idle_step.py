@@ -62,10 +62,11 @@ def _idle(latest: Step, known: dict[int, Step]) -> bool:
     check_same_sites(busy)
     check_idle(messages, busy[0].sites)
     step = known[busy[0].sites]
-    counts = busy[0].payload
+    counts, largest = busy[0].payload, largest_counts(busy)
+    program = step.program(largest)
     if step.ragged:
-        largest = dict(zip(step.counter.components, largest_counts(busy), strict=True))
-        counts = [max(largest[component], MINIMUM_ROWS) for component in step.counter.of_site]
-    with step.control.running(step.collectives):
-        step.idle.run(counts)
+        rows = dict(zip(step.counter.components, largest, strict=True))
+        counts = [max(rows[component], MINIMUM_ROWS) for component in step.counter.of_site]
+    with step.control.running(program.collectives):
+        step.idle.run(program.idle, counts)
     return True

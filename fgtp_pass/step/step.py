@@ -1,7 +1,7 @@
 """One compiled graph at run time: hand it the shards, and exchange token counts before it runs."""
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from fgtp_pass.errors import AgreementError, FgtpError, TokenCountError
 from fgtp_pass.plan.plan import WeightCut
 from fgtp_pass.plan.planner import PlannedSite
 from fgtp_pass.rewrite.rewrite import MINIMUM_ROWS
-from fgtp_pass.step.idle_program import IdleProgram
+from fgtp_pass.rewrite.whole_weights import gathered_parameters
+from fgtp_pass.step.idle_inputs import IdleInputs
+from fgtp_pass.step.program import Program, Programs
 from fgtp_pass.step.token_counts import TokenCounter, TokenCounts
 from fgtp_pass.weights.sharded_parameter import record_of
 
@@ -29,62 +31,75 @@ def collectives_of(
     sites: Sequence[PlannedSite], gathered: Iterable[tuple[WeightCut, int]]
 ) -> tuple[str, ...]:
     """The collectives of a rewritten graph by name, in the order in which it runs them."""
-    weights = [f"the gathering of {cut.fqn}" for cut, _ in gathered]
-    moves = [
-        f"the {collective} of {site.site.component} {site.site.weights[0].fqn}"
-        for site in sites
-        for collective in site.site.collectives
-    ]
-    return (*weights, *moves)
+    names = [f"the gathering of {cut.fqn}" for cut, _ in gathered]
+    whole = [site.cuts[p].fqn for site in sites for p in gathered_parameters(site)]
+    started = taken = 0
+    for site in sites:
+        for _ in gathered_parameters(site):
+            taken += 1  # the next one is on its way by then
+            names += [f"the gathering of {fqn}" for fqn in whole[started : taken + 1]]
+            started = taken + 1
+        of = f"{site.site.component} {site.site.weights[0].fqn}"
+        names += [f"the {collective.value} of {of}" for collective in site.path.collectives]
+    return tuple(names)
 
 
 @dataclass(eq=False)
 class Step:
     """What Dynamo calls in place of the graph.
 
-    shards: the positions of sharded parameters among the inputs. packed: those of them that the
-    graph takes packed. sites, collectives: a number for the sites, and what they run.
-    control: the ranks that run in step. exchanges: whether they exchange token counts before each
-    run. idle: runs this graph's collectives for a rank without tokens.
+    programs: what runs, by number of tokens. shards: the positions of sharded parameters among the
+    inputs. sites: a number for the sites. control: the ranks that run in step. exchanges: whether
+    they exchange token counts before each run. idle: what this graph's collectives need for a rank
+    without tokens.
     """
 
-    compiled: Callable[..., Any]
+    programs: Programs
     shards: tuple[int, ...]
-    packed: frozenset[int]
     counter: TokenCounter
     sites: int
-    collectives: tuple[str, ...]
     control: ControlGroup
     exchanges: bool
     ragged: bool
-    idle: IdleProgram
+    idle: IdleInputs
 
     def __call__(self, *args: Any) -> Any:
         with ONE_AT_A_TIME:
             return self._run(args)
 
+    def program(self, largest: Sequence[int]) -> Program:
+        """What all ranks of the group run now. largest: by component, the most tokens of any."""
+        key = self.programs.key(dict(zip(self.counter.components, largest, strict=True)))
+        if key not in self.programs.made:
+            with self.control.running([]):  # if it fails, the others hear of it
+                return self.programs.get(key)
+        return self.programs.get(key)
+
     def _run(self, args: tuple[Any, ...]) -> Any:
+        counts = self.counter(args)
+        largest = self._agree(counts) if self.exchanges else counts.largest
+        program = self.program(largest)
         inputs = list(args)
         for position in self.shards:
             # The graph may be called with another layer's parameters (Dynamo shares code), so the
             # shard is the argument's own, not the one that was compiled with.
             record = record_of(inputs[position])
             assert record is not None, "Dynamo guards on the class of its inputs"
-            inputs[position] = record.for_graph(position in self.packed)
+            inputs[position] = record.for_graph(position in program.packed)
         self.idle.remember(inputs, self.shards)
-        if self.exchanges:
-            inputs += self._agree(self.counter(args))
-        with self.control.running(self.collectives):
-            broken = self.counter.broken_guard(inputs) if self.ragged else None
+        if self.ragged:
+            inputs += [torch.empty(max(most, MINIMUM_ROWS), 0) for most in largest]
+        with self.control.running(program.collectives):
+            broken = program.guards.broken(inputs) if self.ragged else None
             if broken is not None:
                 raise FgtpError(
                     f"the compiled graph cannot run at these token counts: it needs {broken}. "
                     "Run torch.compiler.reset() on every rank, so that it is compiled again."
                 )
-            return self.compiled(*inputs)
+            return program.run(*inputs)
 
-    def _agree(self, counts: TokenCounts) -> list[torch.Tensor]:
-        """Agree on the token counts of this run; the row counts to append to the inputs."""
+    def _agree(self, counts: TokenCounts) -> Sequence[int]:
+        """Agree on the token counts of this run; by component, the most of any rank."""
         messages = self.control.exchange(
             Intent.STEP,
             payload=counts.sites,  # for a rank that idles
@@ -95,12 +110,9 @@ class Step:
         busy = [message for message in messages if message.intent is Intent.STEP]
         check_same_sites(busy)
         check_idle(messages, self.sites)
-        if self.ragged:
-            largest = largest_counts(busy)
-            return [torch.empty(max(most, MINIMUM_ROWS), 0) for most in largest]
-        if any(message.counts != counts.number for message in busy):
+        if not self.ragged and any(message.counts != counts.number for message in busy):
             raise TokenCountError(_counts_differ(self.counter.components, busy))
-        return []
+        return largest_counts(busy)
 
 
 def largest_counts(messages: Sequence[Message]) -> list[int]:

@@ -32,35 +32,19 @@ class TokenCounts:
 class TokenCounter:
     """Computes a graph's token counts from its inputs.
 
-    components: those of its sites, in order; of_site: by site. guards: what the compiled graph
-    takes for granted about the rows it runs at (ragged).
+    components: those of its sites, in order; of_site: by site.
     """
 
-    def __init__(
-        self, graph: fx.Graph, sites: Sequence[PlannedSite], guards: Sequence[SizeGuard] = ()
-    ):
+    def __init__(self, graph: fx.Graph, sites: Sequence[PlannedSite]):
         self.of_site = tuple(site.site.component for site in sites)
         self.components = tuple(dict.fromkeys(self.of_site))
         where = size_inputs(graph)
         counts = [sympy.sympify(site.match.tokens) for site in sites]
         self._count = _Evaluator(counts, where, self._counts_of)
-        row_symbols = {symbol: n for guard in guards for symbol, n in guard.numbers.items()}
-        behind = len(graph.find_nodes(op="placeholder"))
-        where |= {symbol: (behind + n, 0) for symbol, n in row_symbols.items()}
-        self._conditions = [guard.condition for guard in guards]
-        self._broken = _Evaluator(self._conditions, where, self._first_broken)
 
     def __call__(self, inputs: Sequence[Any]) -> TokenCounts:
         counts: TokenCounts = self._count(inputs)
         return counts
-
-    def broken_guard(self, inputs: Sequence[Any]) -> sympy.Basic | None:
-        """A guard that does not hold for the inputs of the rewritten graph, or None."""
-        return self._broken(inputs)
-
-    def _first_broken(self, held: Sequence[sympy.Basic]) -> sympy.Basic | None:
-        found = zip(self._conditions, held, strict=True)
-        return next((condition for condition, holds in found if not holds), None)
 
     def _counts_of(self, values: Sequence[sympy.Basic]) -> TokenCounts:
         sites = tuple(map(int, values))
@@ -69,6 +53,26 @@ class TokenCounter:
             for component in self.components
         )
         return TokenCounts(sites, largest, zlib.crc32(repr(sites).encode()))
+
+
+class RowGuards:
+    """What a compiled graph takes for granted about the rows it runs at (ragged)."""
+
+    def __init__(self, graph: fx.Graph, guards: Sequence[SizeGuard]):
+        """graph: that of Dynamo, whose inputs the rows follow."""
+        row_symbols = {symbol: n for guard in guards for symbol, n in guard.numbers.items()}
+        behind = len(graph.find_nodes(op="placeholder"))
+        where = size_inputs(graph) | {s: (behind + n, 0) for s, n in row_symbols.items()}
+        self._conditions = [guard.condition for guard in guards]
+        self._broken = _Evaluator(self._conditions, where, self._first_broken)
+
+    def broken(self, inputs: Sequence[Any]) -> sympy.Basic | None:
+        """A condition that does not hold for the inputs of the rewritten graph, or None."""
+        return self._broken(inputs)
+
+    def _first_broken(self, held: Sequence[sympy.Basic]) -> sympy.Basic | None:
+        found = zip(self._conditions, held, strict=True)
+        return next((condition for condition, holds in found if not holds), None)
 
 
 class _Evaluator:

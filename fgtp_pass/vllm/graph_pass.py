@@ -7,11 +7,14 @@ graph, or, where only vLLM's own kernel can take the shard, `fgtp::local_linear`
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sympy import sympify
 from torch import fx, nn
 
 from fgtp_pass import dynamo
@@ -31,10 +34,13 @@ from fgtp_pass.graph.dataflow import GraphView
 from fgtp_pass.graph.normal_form import ParamMatmul
 from fgtp_pass.graph.op_kinds import value_of
 from fgtp_pass.graph.region import NoRegion, find_region
+from fgtp_pass.graph.size_expression import size_inputs
 from fgtp_pass.graph.text import graph_text
 from fgtp_pass.plan.plan import WeightCut
-from fgtp_pass.plan.planner import PlannedGraph, plan_graph
+from fgtp_pass.plan.planner import PlannedGraph, PlannedSite, plan_graph
+from fgtp_pass.plan.prices import Prices
 from fgtp_pass.rewrite.rewrite import rewrite
+from fgtp_pass.vllm.by_tokens import ByTokens, another
 from fgtp_pass.vllm.fused_norms import is_fused, joined_across, take_apart
 from fgtp_pass.vllm.marker_ops import LAYERS, ShardedLayer
 
@@ -43,35 +49,68 @@ log = logging.getLogger("vllm.fgtp_pass")
 _LINEAR = (torch.ops.fgtp.linear, torch.ops.fgtp.linear.default)
 _EMBEDDING = (torch.ops.fgtp.embedding, torch.ops.fgtp.embedding.default)
 _FFNS = ("mlp", "sharedexpert")
+_OURS = "fgtp_"  # how the names of our placeholders begin
 
 
-def with_pass(backend: Any, inductor_options: dict[str, Any]) -> Callable[..., Any]:
+def with_pass(
+    backend: Any, inductor_options: dict[str, Any], most_tokens: int
+) -> Callable[..., Any]:
     """A Dynamo backend that rewrites marker ops, then calls the one that vLLM chose.
 
     inductor_options: vLLM's, which it hands to `torch.compile` only for a backend it can name.
+    most_tokens: that a step may have.
     """
 
-    def compile_rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        rewritten = rewrite_markers(gm, example_inputs)
+    def compile_one(rewritten: fx.GraphModule, example_inputs: Sequence[Any], inner: Any) -> Any:
         log.debug("the graph after the pass:\n%s", graph_text(rewritten.graph))
-        if backend == "inductor":
+        if inner == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
             return compile_fx(rewritten, list(example_inputs), config_patches=inductor_options)
-        inner: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+        if isinstance(inner, str):
+            inner = torch._dynamo.lookup_backend(inner)
         return inner(rewritten, list(example_inputs))
+
+    def compile_rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        few, many = rewrite_markers(gm, example_inputs, most_tokens)
+        compiled = compile_one(few, example_inputs, backend)
+        if many is None:
+            return compiled
+        log.info(
+            "steps of %d tokens and more gather weights in place of tokens: their graph is "
+            "compiled beside that of the others",
+            many.first,
+        )
+        for_many = compile_one(many.graph, example_inputs, another(backend))
+        return ByTokens(compiled, for_many, many.first, many.position, many.dim)
 
     return compile_rewritten
 
 
-def rewrite_markers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+@dataclass(frozen=True)
+class ManyTokens:
+    """The graph for steps that gather weights: those of `first` tokens and more.
+
+    position, dim: the input, and its dim or None for an int, that is the number of tokens.
+    """
+
+    graph: fx.GraphModule
+    first: int
+    position: int
+    dim: int | None
+
+
+def rewrite_markers(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], most_tokens: int
+) -> tuple[fx.GraphModule, ManyTokens | None]:
     """The graph with its marker ops lowered; the graph itself if it has none.
 
-    Its inputs stay as they are: shards are inputs already. Raises FgtpError for a marker that the
-    core does not take.
+    Its inputs stay as they are: shards are inputs already. Also returns the graph for steps with
+    many tokens, up to `most_tokens`, if these take other paths. Raises FgtpError for a marker that
+    the core does not take.
     """
     if not any(node.target in _LINEAR + _EMBEDDING for node in gm.graph.nodes):
-        return gm
+        return gm, None
     fused = [node for node in gm.graph.nodes if is_fused(node)]
     logical, planned = _plan(gm, example_inputs, fused)
     joined = joined_across(planned, logical.apart)
@@ -84,8 +123,45 @@ def rewrite_markers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Gra
             reason = reasons.get(layer.weight.fqn, "another site cuts its weight")
             raise FgtpError(f"{layer.weight.fqn} is sharded, but not in this graph: {reason}.")
     groups = {layer.group.size: layer.group for layer in logical.layers.values()}
-    rewritten = rewrite(logical.module, planned, groups, {}, ragged=False)
-    return logical.with_kernels(rewritten.module)
+
+    def written(paths: PlannedGraph) -> fx.GraphModule:
+        return logical.with_kernels(rewrite(logical.module, paths, groups, {}, False).module)
+
+    few = replace(planned, ranges={})
+    return written(few), _many_tokens(gm, planned, few, most_tokens, written)
+
+
+def _many_tokens(
+    gm: fx.GraphModule,
+    planned: PlannedGraph,
+    few: PlannedGraph,
+    most_tokens: int,
+    written: Callable[[PlannedGraph], fx.GraphModule],
+) -> ManyTokens | None:
+    """The graph along the paths for `most_tokens`, from where it sends fewer bytes on than `few`.
+
+    All sites of vLLM's graph see the tokens of the step, so one number says which of two runs. More
+    than two would take their time to compile.
+    """
+    tokens = {sympify(site.match.tokens) for site in planned.sites}
+    where = size_inputs(gm.graph)
+    if len(tokens) != 1 or not tokens & where.keys():
+        return None  # the graph is for one number, or its sites see several
+    components = {site.match.component for site in planned.sites}
+    many = planned.at(planned.program(dict.fromkeys(components, most_tokens)))
+    gathered = sum(_sent(site, 0) for site in many.sites)
+    saved = sum(_sent(site, 1) for site in few.sites) - sum(_sent(s, 1) for s in many.sites)
+    saved += gathered
+    if not gathered or saved * most_tokens <= gathered:
+        return None
+    position, dim = where[tokens.pop()]
+    return ManyTokens(written(many), math.floor(gathered / saved) + 1, position, dim)
+
+
+def _sent(site: PlannedSite, tokens: int) -> float:
+    """Bytes that a rank sends for a site in a step of so many tokens."""
+    size = site.site.group_size
+    return site.path.bytes_per_token * tokens + site.path.gathered_bytes * (size - 1) / size
 
 
 def _plan(
@@ -97,7 +173,9 @@ def _plan(
         logical.module.graph, logical.inputs(example_inputs), logical.patterns(), logical.names
     )
     sizes = {layer.component: layer.group.size for layer in logical.layers.values()}
-    return logical, plan_graph(detection, sizes, max(sizes.values()))
+    # what only vLLM's kernels can read is not gathered
+    prices = Prices(by_range=True, gatherable=lambda match: logical.plain(match.weights))
+    return logical, plan_graph(detection, sizes, max(sizes.values()), prices=prices)
 
 
 class _Logical:
@@ -148,7 +226,7 @@ class _Logical:
         if isinstance(given, fx.Node):
             placeholder = env[given]
         else:
-            placeholder = graph.placeholder("fgtp_" + layer.name.replace(".", "_"))
+            placeholder = graph.placeholder(_OURS + layer.name.replace(".", "_"))
         self._make_whole(placeholder, layer.weight, value_of(marker).dtype)
         self.layers[placeholder] = layer
         bias = None if is_lookup else marker.args[2]
@@ -162,6 +240,10 @@ class _Logical:
             value = torch.empty(cut.shape, dtype=dtype, device=device)
         placeholder.meta["example_value"] = value
         self._whole[placeholder] = value
+
+    def plain(self, weights: Iterable[fx.Node]) -> bool:
+        """Whether the graph is given the shards of all of these."""
+        return not any(str(weight.target).startswith(_OURS) for weight in weights)
 
     def _devices(self) -> Iterator[torch.device]:
         for node in self.module.graph.nodes:
@@ -245,7 +327,7 @@ class _Logical:
 
     def with_kernels(self, module: fx.GraphModule) -> fx.GraphModule:
         """The rewritten graph without the placeholders that are ours: vLLM's kernels hold those."""
-        ours = {f"fgtp_{layer.name.replace('.', '_')}": layer for layer in self.layers.values()}
+        ours = {_OURS + layer.name.replace(".", "_"): layer for layer in self.layers.values()}
         for placeholder in module.graph.find_nodes(op="placeholder"):
             layer = ours.get(str(placeholder.target))
             if layer is None:

@@ -71,7 +71,8 @@ def _init_backend(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs:
         return backend
     from fgtp_pass.vllm.graph_pass import with_pass
 
-    return with_pass(backend, self.inductor_compile_config)
+    most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    return with_pass(backend, self.inductor_compile_config, most_tokens)
 
 
 def _make_client(

@@ -42,7 +42,7 @@ _library.impl("linear", _linear, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("fgtp_pass::linear", _linear_fake, lib=_library)
 
 
-_PLAIN = torch.ops.fgtp_pass.plain.default
+PLAIN = torch.ops.fgtp_pass.plain.default
 
 
 def pack(weight: torch.Tensor) -> None:
@@ -103,7 +103,7 @@ def packable(graph: fx.Graph, positions: Collection[int]) -> frozenset[int]:
         for position, weight in weights.items()
         if supports(weight.meta["example_value"])
         and all(
-            user.target is _PLAIN or (user.target is F.linear and [*user.args].index(weight) == 1)
+            user.target is PLAIN or (user.target is F.linear and [*user.args].index(weight) == 1)
             for user in weight.users
         )
     )
@@ -114,7 +114,7 @@ def take_packed(module: fx.GraphModule, positions: Collection[int]) -> None:
     placeholders = module.graph.find_nodes(op="placeholder")
     for position in positions:
         for user in placeholders[position].users:
-            if user.target is _PLAIN:
+            if user.target is PLAIN:
                 continue
             user.target = torch.ops.fgtp_pass.linear.default
     module.recompile()

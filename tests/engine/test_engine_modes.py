@@ -1,5 +1,6 @@
 """Compiled and eager, one component and all, other sizes: always the tokens of one rank."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from engines import Answer, merged, shared
 from marks import full
-from random_checkpoints import CHECKPOINTS
+from random_checkpoints import CHECKPOINTS, parts, prompts
 from test_engine_tokens import assert_same
 
 Run = Callable[..., list[Answer]]
@@ -23,11 +24,12 @@ def test_inductor(unsharded: One, sharded: Run) -> None:
 
 
 @full
+@pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
 def test_piecewise_cold_and_warm(
-    unsharded: One, sharded: Run, engines: Any, tmp_path: Path
+    unsharded: One, sharded: Run, engines: Any, tmp_path: Path, plain: bool
 ) -> None:
     """vLLM's own compiler backend behind the pass; the second start finds the first one's cache
-    and plan.
+    and plan. Plain weights are gathered in long steps, by a second graph.
     """
     environment = {
         "FGTP_TEST_PIECEWISE": "1",
@@ -35,13 +37,14 @@ def test_piecewise_cold_and_warm(
         "VLLM_CACHE_ROOT": str(tmp_path),
         "FGTP_CACHE_DIR": str(tmp_path),
         "VLLM_LOGGING_LEVEL": "DEBUG",
-    }
+    } | ({"FGTP_TEST_PLAIN": "1"} if plain else {})
     logs = []
     for _ in range(2):
         got = sharded("llama", shared(), environment=environment)
         assert_same(unsharded("llama"), got)
         logs.append(engines(2).log(0))
     cold, warm = logs
+    assert ("tokens and more gather weights" in cold) is plain
     assert "Dynamo bytecode transform time" in cold
     assert "Directly load AOT compilation" in warm
     assert "Dynamo bytecode transform time" not in warm
@@ -62,6 +65,22 @@ def test_plain_weights_are_inputs_of_the_graph(unsharded: One, sharded: Run, eng
         assert sum(f"{shard}.weight" in line for line in linears) == layers
     # embedding; and in each layer o_proj's exchange, an all_reduce into the FFN, the FFN's sum
     assert graph.count("wait_tensor(") == 2 + 3 * layers
+
+
+def test_a_long_prefill_gathers_plain_weights(unsharded: One, sharded: Run, engines: Any) -> None:
+    """Steps with many tokens run a graph of their own; those with few, and idle ones, the other."""
+    environment = {"FGTP_TEST_PLAIN": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
+    options = merged(shared(), {"max_num_batched_tokens": 160, "enable_chunked_prefill": True})
+    assert_same(unsharded("llama"), sharded("llama", options, environment=environment))
+    log = engines(2).log(0)
+    found = re.search(r"steps of (\d+) tokens and more gather weights", log)
+    assert found
+    given = prompts()
+    for part in parts(len(given), 2):
+        assert int(found[1]) <= sum(len(given[i]) for i in part) <= 160, "they run in one step"
+    few, many = (text[: text.index("return")] for text in log.split(" after the pass:")[1:3])
+    moved = [text.count("::all_to_all_single(") for text in (few, many)]
+    assert moved == [1 + 2 * 2, 1 + 2], "o_proj's tokens stay, the FFN's weights are still more"
 
 
 def test_enforce_eager(unsharded: One, sharded: Run) -> None:

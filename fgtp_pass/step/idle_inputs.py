@@ -10,17 +10,16 @@ import torch
 from torch import fx, nn
 
 
-class IdleProgram:
-    """This graph's sites alone, on rows of zeros, for a rank that has nothing to do.
+class IdleInputs:
+    """Runs a graph's sites alone, on rows of zeros, for a rank that has nothing to do.
 
-    The rank still multiplies its shards with the others' tokens. `module` takes those inputs of
+    The rank still multiplies its shards with the others' tokens. What runs takes those inputs of
     the step's graph that the sites need (shards, biases, scalars), at `positions`, and then one row
-    count per site. It runs under the autocast that it was made under, as the step does. It does not
-    keep the model alive: what belongs to that is held weakly.
+    count per site. It runs under the autocast that this was made under, as the step does. It does
+    not keep the model alive: what belongs to that is held weakly.
     """
 
-    def __init__(self, module: fx.GraphModule, positions: Sequence[int]):
-        self._module = module
+    def __init__(self, positions: Sequence[int]):
         self._positions = positions
         self._autocast = {
             device: torch.get_autocast_dtype(device)
@@ -45,13 +44,13 @@ class IdleProgram:
         held = len(self._held) == len(self._positions)
         return held and all(held() is not None for held in self._held)
 
-    def run(self, counts: Sequence[int]) -> None:
+    def run(self, idle: fx.GraphModule, counts: Sequence[int]) -> None:
         """counts: rows by site."""
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for device in ("cpu", "cuda"):
                 dtype = self._autocast.get(device)
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
-            self._module(*(held() for held in self._held), *counts)
+            idle(*(held() for held in self._held), *counts)
 
 
 def _nothing() -> None:

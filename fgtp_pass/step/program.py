@@ -1,0 +1,48 @@
+"""One graph along the paths for each number of tokens."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fgtp_pass.plan.planner import PlannedGraph
+from fgtp_pass.step.token_counts import RowGuards
+
+Key = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The graph along one choice of paths.
+
+    run: what was compiled. packed: the positions of the shards that it takes packed. collectives:
+    what it runs, by name, in order. guards: what holds of the rows that it runs at. idle: the
+    collectives alone, for a rank without tokens.
+    """
+
+    run: Callable[..., Any]
+    packed: frozenset[int]
+    collectives: tuple[str, ...]
+    guards: RowGuards
+    idle: fx.GraphModule
+
+
+class Programs:
+    """Those of one graph, each made when a step first needs it.
+
+    make: makes one, not collectively.
+    """
+
+    def __init__(self, planned: PlannedGraph, make: Callable[[Key], Program]):
+        self._planned, self._make = planned, make
+        self.made: dict[Key, Program] = {}
+
+    def key(self, largest: Mapping[str, int]) -> Key:
+        """Which of them runs. largest: by component, the most tokens of any rank of the group."""
+        return self._planned.program(largest)
+
+    def get(self, key: Key) -> Program:
+        if key not in self.made:
+            self.made[key] = self._make(key)
+        return self.made[key]
