@@ -1,7 +1,7 @@
 """A fixed part of what `make fuzz` does, and the smallest programs that once went wrong."""
 
 import pytest
-from fuzz.grammar import Attention, Case, Embedding, Ffn, Layer, Matmul, Program
+from fuzz.grammar import Attention, Case, Embedding, Ffn, Head, Layer, Matmul, Program
 from fuzz.search import Judge, WrongError, search
 from hypothesis.errors import UnsatisfiedAssumption
 
@@ -29,6 +29,20 @@ FOUND = {
     ),
     "one token on one rank": Case(
         Program(), contract="ragged", dynamic=True, calls=(((1, 1), (2, 6), (2, 6)),)
+    ),
+    "two heads, all tokens and the last, of one token on one rank": Case(
+        Program(layers=(), head=Head(reads="last"), extra="second head"),
+        contract="ragged",
+        calls=(((1, 1), (2, 3), None),),
+    ),
+    "flat up, a batch of one on one rank": Case(
+        Program(
+            layers=(Layer(attention=None, ffn=Ffn(up=Matmul(spelling="flat"))),),
+            head=Head(reads="last"),
+        ),
+        contract="ragged",
+        dynamic=True,
+        calls=(((1, 4), (2, 4), None),),
     ),
     "pooled pairs, one of them": Case(
         Program(layers=(Layer(tokens="mean of pairs"),)), dynamic=True, calls=(((1, 2),) * 3,)
