@@ -2,6 +2,7 @@
 
 import logging
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,6 +66,8 @@ class Runtime:
         self._exchanges = options.check_tokens or options.tokens == "ragged"
         # by parameter, what the ranks have agreed on for it
         self._agreed: Any = WeakIdKeyDictionary()
+        # by parameter, the graphs that read its shard, to be written along other paths
+        self._graphs: Any = WeakIdKeyDictionary()
         self._controls: dict[int, ControlGroup] = {}
 
     @property
@@ -284,7 +287,11 @@ class Runtime:
             log.info("sharded %d weights, %s freed per rank", new, freed)
             log.debug("%s", plan)
         compiled, guards = self._compile_first(inputs, written)
-        programs = Programs(graph.planned, partial(self._program, graph))
+        # Dynamo keeps what it compiled; what else may be written of the graph goes with the model
+        for position in shards:
+            before = [] if new else self._graphs.get(inputs[position], [])
+            self._graphs[inputs[position]] = [*before, graph]
+        programs = Programs(graph.planned.firsts, partial(self._program, weakref.ref(graph)))
         programs.made[given.key] = _as_program(graph, written, compiled, guards)
         step = Step(
             programs=programs,
@@ -296,7 +303,6 @@ class Runtime:
             ragged=graph.ragged,
             idle=IdleInputs(graph.idle_positions),
         )
-        dynamo.forget_values(written.rewritten.module.graph)
         note_step(step, (inputs[position] for position in shards))
         return step
 
@@ -315,13 +321,14 @@ class Runtime:
             compiled = compile_inner(self.options, rewritten.module, [*given, *rows])
         return compiled, guards
 
-    def _program(self, graph: WritableGraph, key: Key) -> Program:
+    def _program(self, kept: "weakref.ref[WritableGraph]", key: Key) -> Program:
         """The graph along the paths for another number of tokens, compiled when it first runs.
 
         Dynamo's own tracing is over by then, so it traces what was written, and guards it.
         """
+        graph = kept()
+        assert graph is not None, "its parameters are those of the step"
         written = graph.write(key)
-        dynamo.forget_values(written.rewritten.module.graph)
         backend = partial(compile_inner, self.options)
         compiled = torch.compile(written.rewritten.module, backend=backend, fullgraph=True)
         log.info("compiling a graph for another number of tokens per rank: %s", written.collectives)
@@ -351,6 +358,8 @@ class _ToCompile:
 def _as_program(
     graph: WritableGraph, written: Written, compiled: Compiled, guards: Sequence[SizeGuard]
 ) -> Program:
+    for one in (written.rewritten.module, written.idle):
+        dynamo.forget_values(one.graph)
     return Program(
         run=compiled,
         packed=written.packed,

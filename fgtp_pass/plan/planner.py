@@ -19,7 +19,7 @@ from fgtp_pass.graph.text import ops_text
 from fgtp_pass.plan.path_choice import Choice, choose_paths
 from fgtp_pass.plan.plan import LeftAlone, Plan, Site, WeightCut, make_site
 from fgtp_pass.plan.prices import Prices
-from fgtp_pass.plan.token_ranges import Ranges, range_of, ranges_of
+from fgtp_pass.plan.token_ranges import Firsts, Ranges, range_numbers, ranges_of
 
 Shards = Mapping[fx.Node, tuple[WeightCut, int]]
 
@@ -53,12 +53,13 @@ class PlannedGraph:
     behind: tuple[Behind, ...] = ()
     ranges: Ranges = field(default_factory=dict)
 
+    @property
+    def firsts(self) -> Firsts:
+        return {of: tuple(one.first for one in ranges) for of, ranges in self.ranges.items()}
+
     def program(self, tokens: Mapping[str, int]) -> tuple[int, ...]:
         """Which range each of `ranges` is in. tokens: the most that a component sees, by name."""
-        return tuple(
-            range_of(ranges, max(tokens[component] for component in components))
-            for components, ranges in self.ranges.items()
-        )
+        return range_numbers(self.firsts, tokens)
 
     @property
     def traced(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ that any of them sees: they share stretches of tokens. So the ranges depend on t
 what a rank runs on numbers that all ranks of a group know.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ class Range:
     choice: Choice
 
 
+# by components that change together
 Ranges = Mapping[frozenset[str], tuple[Range, ...]]
+Firsts = Mapping[frozenset[str], tuple[int, ...]]  # where each range begins
 
 
 def ranges_of(solve: Callable[[int], Choice]) -> Ranges:
@@ -51,9 +54,12 @@ def ranges_of(solve: Callable[[int], Choice]) -> Ranges:
     return found
 
 
-def range_of(ranges: Sequence[Range], tokens: int) -> int:
-    """The number of the range that so many tokens are in."""
-    return max(number for number, one in enumerate(ranges) if one.first <= tokens)
+def range_numbers(firsts: Firsts, tokens: Mapping[str, int]) -> tuple[int, ...]:
+    """The number of the range that each is in. tokens: the most that a component sees, by name."""
+    return tuple(
+        bisect_right(begin, max(tokens[component] for component in components)) - 1
+        for components, begin in firsts.items()
+    )
 
 
 def _changes(at: Callable[[int], Choice], low: int, high: int) -> list[Range]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from fgtp_pass.plan.planner import PlannedGraph
+from fgtp_pass.plan.token_ranges import Firsts, range_numbers
 from fgtp_pass.step.token_counts import RowGuards
 
 Key = tuple[int, ...]
@@ -31,16 +31,16 @@ class Program:
 class Programs:
     """Those of one graph, each made when a step first needs it.
 
-    make: makes one, not collectively.
+    firsts: of the plan, where ranges begin. make: makes one, not collectively.
     """
 
-    def __init__(self, planned: PlannedGraph, make: Callable[[Key], Program]):
-        self._planned, self._make = planned, make
+    def __init__(self, firsts: Firsts, make: Callable[[Key], Program]):
+        self._firsts, self._make = firsts, make
         self.made: dict[Key, Program] = {}
 
     def key(self, largest: Mapping[str, int]) -> Key:
         """Which of them runs. largest: by component, the most tokens of any rank of the group."""
-        return self._planned.program(largest)
+        return range_numbers(self._firsts, largest)
 
     def get(self, key: Key) -> Program:
         if key not in self.made:
