@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import tomli_w
 import torch
 import torch.distributed as dist
 from common import compared, integers, interleave, machine, parser, report
@@ -79,7 +80,7 @@ def rank_main(counts: list[int], repetitions: int) -> list[dict[str, Any]]:
     group = data_parallel_group(None, timedelta(seconds=600))
     hardware = measure(group, torch.device("cpu"), [torch.float32])
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as profile:
-        profile.write(hardware.model_dump_json())
+        profile.write(tomli_w.dumps(hardware.model_dump(exclude_none=True)))
         profile.flush()
         return [_at(count, repetitions, hardware, profile.name) for count in counts]
 
