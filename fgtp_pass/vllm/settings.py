@@ -180,7 +180,12 @@ def check_engine(config: Any, options: Options) -> None:
     model, encoders = config.model_config, config.model_config.multimodal_config
     speculative, lora = config.speculative_config, config.lora_config
     refused = {
-        "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
+        "pipeline parallelism beside speculative decoding: not tried": (
+            parallel.pipeline_parallel_size > 1 and speculative is not None
+        ),
+        "pipeline parallelism beside LoRA: not tried": (
+            parallel.pipeline_parallel_size > 1 and lora is not None
+        ),
         "data_parallel_size = 1: there is no other rank to share weights with": (
             parallel.data_parallel_size == 1
         ),

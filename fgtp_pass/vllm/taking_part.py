@@ -17,6 +17,7 @@ from fgtp_pass.vllm import host
 from fgtp_pass.vllm.born_sharded import ShardedVocabParallelEmbedding
 from fgtp_pass.vllm.logits import exchange_of, take_part
 from fgtp_pass.vllm.settings import embeds_outside
+from fgtp_pass.vllm.stages import is_first_stage
 from fgtp_pass.vllm.work import STEP, Scheduled
 
 
@@ -31,7 +32,7 @@ class TakingPart:
         self._model_config = config.model_config
         self._exchange = exchange_of(runner.model)
         v2 = config.use_v2_model_runner
-        embeds = embeds_outside(config.model_config)
+        embeds = embeds_outside(config.model_config) and is_first_stage()
         self._lookups = _read_outside(runner.model, runner.device) if embeds else []
         STEP.lookups = [layer.take_part for layer in self._lookups]
         sampled = runner.model_state.num_new_sampled_tokens_per_step if v2 else 1

@@ -2,8 +2,12 @@
 theirs.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -14,6 +18,8 @@ from fgtp_pass.vllm.lockstep import join_host_messages
 from fgtp_pass.vllm.settings import read_options
 from fgtp_pass.vllm.taking_part import TakingPart
 from fgtp_pass.vllm.work import IDLE, STEP
+
+log = logging.getLogger("vllm.fgtp_pass")
 
 STOCK = (
     "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -49,17 +55,31 @@ class ShardedWorker(_Stock):  # type: ignore[misc]
         with self._peers.naming_the_cause("as it compiled and warmed up"):
             return super().compile_or_warm_up_model()
 
+    @contextmanager
+    def _ending(self, doing: str) -> Iterator[None]:
+        """Within it an error ends a worker that the engine does not listen to in a step, and so the
+        engine, which would wait for the worker that waits for this one.
+        """
+        try:
+            with self._peers.naming_the_cause(doing):
+                yield
+        except Exception:
+            if get_pp_group().is_last_rank and get_tp_group().is_first_rank:
+                raise
+            log.exception("This worker ends, and its engine with it.")
+            raise SystemExit(1) from None
+
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._peers.naming_the_cause("in a step"):
+        with self._ending("in a step"):
             STEP.begin(self._part.scheduled.work(scheduler_output))
             return super().execute_model(scheduler_output, *args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        with self._peers.naming_the_cause("in a step"):
+        with self._ending("in a step"):
             return super().sample_tokens(*args, **kwargs)
 
     def execute_dummy_batch(self) -> None:
-        with self._peers.naming_the_cause("in an idle step"):
+        with self._ending("in an idle step"):
             STEP.begin(IDLE)
             with without_adapters(self.model_runner):
                 super().execute_dummy_batch()

@@ -15,6 +15,12 @@ from fork_server import Fork, ForkServer, fork_processes, session
 from ranks import HANG, Outcome, Pool, RankFailure, RankTimeout, free_port
 
 COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
+TWO_STAGES: dict[str, Any] = {
+    "pipeline_parallel_size": 2,
+    # as with VLLM_CPU_CI_ENV, without which vLLM warms up: it must have, to receive from a stage
+    "compilation_config": {"mode": 2, "backend": "eager", "ir_enable_torch_wrap": False},
+}
+WARMED_UP: dict[str, str | None] = {"VLLM_CPU_CI_ENV": None}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ranks import HANG
 
 @dataclass(frozen=True)
 class Fault:
-    """name: as in the matrix. at: "start", "message" or "step".
+    """name: as in the matrix. at: "start", "message" or "step". stage: of the rank's pipeline.
 
     model: another checkpoint, if it needs one.
     """
@@ -31,6 +31,7 @@ class Fault:
     name: str
     at: str
     rank: int = 1
+    stage: int = 0
     model: str = ""
 
     def ask(self, file: Path) -> None:
@@ -52,13 +53,14 @@ def happened(file: Path) -> float:
 
 def _due(at: str) -> Fault | None:
     """The fault that befalls this worker now."""
-    from vllm.distributed.parallel_state import get_dp_group
+    from vllm.distributed.parallel_state import get_dp_group, get_pp_group
 
     file = Path(os.environ["FGTP_TEST_FAULT"])
     if not file.exists() or is_over(file):
         return None
     fault = Fault(**json.loads(file.read_text()))
-    if (fault.at, fault.rank) != (at, get_dp_group().rank_in_group):
+    here = (get_dp_group().rank_in_group, get_pp_group().rank_in_group)
+    if fault.at != at or (fault.rank, fault.stage) != here:
         return None
     file.with_suffix(".happened").write_text(str(time.time()))
     return fault

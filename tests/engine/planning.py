@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,18 @@ def plan_all(
     port: int,
     block: int = 0,
     parallel: Mapping[str, Any] | None = None,
+    stage: tuple[int, int] = (0, 1),
 ) -> dict[str, Planned]:
     """The plan of each checkpoint for two data-parallel ranks. components: asked for, by name.
     block: of the weights, if they are quantised in blocks. parallel: fields of `ParallelConfig`.
+    stage: of how many pipeline stages, and which.
 
     The first is to be a model with experts, for which vLLM makes the groups that only they need.
     """
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
     import torch
     from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
     from vllm.distributed.parallel_state import (
         init_distributed_environment,
         initialize_model_parallel,
@@ -60,8 +64,19 @@ def plan_all(
                 initialize_model_parallel(1, 1)
         for key, value in (parallel or {}).items():
             setattr(config.parallel_config, key, value)
-        found[name] = plan_one(config, components[name])
+        with mock.patch.object(parallel_state, "_PP", _stage(*stage)):
+            found[name] = plan_one(config, components[name])
     return found
+
+
+def _stage(number: int, stages: int) -> Any:
+    """Stands for the group of stages, in one of them."""
+    return SimpleNamespace(
+        rank_in_group=number,
+        world_size=stages,
+        is_first_rank=number == 0,
+        is_last_rank=number == stages - 1,
+    )
 
 
 def plan_one(config: Any, components: tuple[str, ...]) -> Planned:
@@ -77,11 +92,13 @@ def plan_one(config: Any, components: tuple[str, ...]) -> Planned:
     group: Any = SimpleNamespace(size=2, rank=0)  # sizes are given, so ranks need not meet
     try:
         with torch.device("cpu"):  # as vLLM does
-            plan, _ = plan_model(config, options, SizeChooser(options, group, group, 2), 2)
+            plan, roles = plan_model(config, options, SizeChooser(options, group, group, 2), 2)
     except FgtpError as error:
         return Planned({}, {}, f"{type(error).__name__}: {error}")
     sites: dict[str, set[str]] = {}
     for site in plan.sites:
         cut = {weight.fqn for weight in site.weights if weight.cut_dim is not None}
         sites.setdefault(site.component, set()).update(cut)
+    born = {role.weight.fqn for role in roles.values()}
+    assert born == {fqn for cut in sites.values() for fqn in cut if fqn.endswith(".weight")}
     return Planned(sites, {left.fqn: left.reason for left in plan.left_alone})

@@ -59,7 +59,15 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "size": (shared("oproj", size=3), "does not divide the data-parallel size 2"),
     "one rank": (shared() | ONE_RANK, "data_parallel_size = 1"),
-    "pipeline": (shared() | {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+    "pipeline beside LoRA": (
+        shared() | {"pipeline_parallel_size": 2, "enable_lora": True},
+        "pipeline parallelism beside LoRA",
+    ),
+    "pipeline beside drafts": (
+        shared()
+        | {"pipeline_parallel_size": 2, "speculative_config": {"method": "ngram"} | _DRAFTS},
+        "pipeline parallelism beside speculative decoding",
+    ),
     "sequence-parallel experts": (
         shared("sharedexpert") | {"tensor_parallel_size": 2, "enable_expert_parallel": True},
         "every tensor-parallel rank holds the shared ones whole",

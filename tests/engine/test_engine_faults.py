@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 import zoo
-from engines import Answer, Engines, Job, shared, start
+from engines import TWO_STAGES, WARMED_UP, Answer, Engines, Job, merged, shared, start
 from faults import Fault, happened, is_over
 from fork_server import Fork, ForkServer, session
 from marks import full
@@ -165,6 +165,36 @@ def test_spmd(
         took = outcome.value[1] - happened(fault_file)
         print(f"{fault}, {stage}: rank {rank} after {took:.1f} s: {outcome.value[0]}")
         assert took < TIMEOUT + GRACE, (rank, outcome.value)
+
+
+@full
+def test_a_first_pipeline_stage(
+    engines: Callable[[int], Engines], checkpoint: Checkpoints, fault_file: Path
+) -> None:
+    """The engine does not hear of its errors, and the last stage waits for it."""
+    options = merged(shared(fgtp_options={"timeout_seconds": TIMEOUT}), TWO_STAGES)
+    environment = {"FGTP_TEST_FAULT": str(fault_file)} | WARMED_UP
+    jobs = [
+        Job(
+            checkpoint("llama"),
+            {i: prompts()[i] for i in own},
+            options,
+            environment,
+            processes="fork",
+        )
+        for own in OWN.values()
+    ]
+    what = Fault("exception in user code", "message", stage=0)
+    pool, tokens = engines(2), {0: 60, 1: 60}
+    run = functools.partial(_until_it_ends, fault_file, what, tokens)
+    outcomes = pool.outcomes(run, jobs, free_port())
+    assert re.search(rf"PP0 .*{IN_VAIN} failed: ValueError: mine", pool.log(0)), pool.log(0)[-8000:]
+    assert re.search(r"PP0 .*ValueError: mine", pool.log(1)), pool.log(1)[-8000:]
+    for rank, outcome in enumerate(outcomes):
+        assert not outcome.error, outcome.trace
+        took = outcome.value[1] - happened(fault_file)
+        print(f"rank {rank} after {took:.1f} s: {outcome.value[0]}")
+        assert took < TIMEOUT + GRACE
 
 
 @pytest.mark.parametrize("fault", faults("kill -9"))

@@ -75,3 +75,29 @@ def test_what_tensor_parallel_ranks_hold_more_than_once(tmp_path: Path, engines:
     both = {"tensor_parallel_size": 2, "data_parallel_size": 2, "enable_expert_parallel": True}
     experts = plan("qwen2_moe", "sharedexpert", **both)
     assert "every tensor-parallel rank holds the shared ones whole" in experts.error
+
+
+def test_stages_have_their_own_layers(tmp_path: Path, engines: Any) -> None:
+    """A dense layer on the first of two stages alone, and a table that both have."""
+    names = ("deepseek_v3", "qwen3", "gpt2")
+    folders = {name: PLANNED[name].write(tmp_path / name, weights=False) for name in names}
+    asked = {name: PLANNED[name].components + PLANNED[name].opt_in for name in names}
+
+    def plan(*stage: int) -> dict[str, Planned]:
+        return engines(1).run(plan_all, folders, asked, free_port(), 0, None, stage)[0]
+
+    whole, first, last = plan(0, 1), plan(0, 2), plan(1, 2)
+    for name in names:
+        assert not first[name].error
+        assert not last[name].error
+        assert "lmhead" not in first[name].sites
+        assert "embedding" not in last[name].sites
+        for component, weights in whole[name].sites.items():
+            here, there = (p[name].sites.get(component, set()) for p in (first, last))
+            assert here | there == weights
+            assert not here & there
+    assert "mlp" not in last["deepseek_v3"].sites
+    assert first["qwen3"].sites["embedding"] == last["qwen3"].sites["lmhead"]
+    left = [set(p["deepseek_v3"].left) for p in (whole, first, last)]
+    assert left[1] | left[2] == left[0]
+    assert left[1] < left[0]

@@ -8,13 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Answer, Job, answer_of, merged, probe, run_rank, sampling, shared
+from engines import (
+    TWO_STAGES,
+    WARMED_UP,
+    Answer,
+    Job,
+    answer_of,
+    merged,
+    probe,
+    run_rank,
+    sampling,
+    shared,
+)
+from marks import full
 from random_checkpoints import Checkpoints, parts, prompts, write_tokenizer
 from ranks import free_port
 from test_engine_tokens import TIE, assert_same
 
 One = Callable[..., Answer]
 DIGITS = "([3-7]){5}"
+# more for `on_two_ranks`
+ONE: dict[str, Any] = {}
+STAGES = {"options": TWO_STAGES, "environment": WARMED_UP, "processes": "fork"}
 
 
 def _every_other_constrained(llm: Any, job: Job) -> Answer:
@@ -62,12 +77,18 @@ def _some_with_prompts(llm: Any, job: Job) -> Answer:
     return answer_of(dict(zip(numbers, outputs, strict=True)), llm.apply_model(probe))
 
 
-def test_logits_of_prompts(engines: Any, checkpoint: Checkpoints, unsharded: One) -> None:
+@pytest.mark.parametrize(
+    "stages", [pytest.param(ONE, id="one"), pytest.param(STAGES, id="two", marks=full)]
+)
+def test_logits_of_prompts(
+    engines: Any, checkpoint: Checkpoints, unsharded: One, stages: dict[str, Any]
+) -> None:
     """Prompts in chunks, on ranks that have other numbers of them, beside idle ranks."""
     tight = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_prefix_caching": False}
     run = {"run": _some_with_prompts}
     want = unsharded("llama", run)
-    got = on_two_ranks(engines, checkpoint("llama"), prompts(), options=tight, **run)
+    more = stages | run | {"options": merged(stages.get("options", {}), tight)}
+    got = on_two_ranks(engines, checkpoint("llama"), prompts(), **more)
     assert_same(want, got)
     for answer in got:
         for i, found in answer.prompts.items():
@@ -123,14 +144,20 @@ def test_a_table_that_is_read_once_more_than_was_said(
         assert "model.embed_tokens.weight is read outside the graph a second" in outcome.message
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize(
+    ("runner", "stages"),
+    [
+        pytest.param("v1", ONE, id="v1"),
+        pytest.param("v2", ONE, id="v2"),
+        pytest.param("v1", STAGES, id="v1_two_stages", marks=full),
+    ],
+)
 def test_prompts_as_embeddings(
-    engines: Any, checkpoint: Checkpoints, unsharded: One, runner: str
+    engines: Any, checkpoint: Checkpoints, unsharded: One, runner: str, stages: dict[str, Any]
 ) -> None:
     """The table is read outside the graph, at another count of tokens on each rank."""
     options, run = {"enable_prompt_embeds": True}, {"run": _some_as_embeddings}
     want = unsharded("llama", run, **options)
-    got = on_two_ranks(
-        engines, checkpoint("llama"), prompts(), options=options, runner=runner, **run
-    )
+    more = stages | run | {"options": merged(stages.get("options", {}), options)}
+    got = on_two_ranks(engines, checkpoint("llama"), prompts(), runner=runner, **more)
     assert_same(want, got)
