@@ -48,10 +48,14 @@ def size_inputs(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int | None]]:
 
 
 def traced_sizes(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Integer]:
-    """What the sizes of the inputs were when the graph was traced; asking guards nothing."""
+    """What the sizes of the inputs were when the graph was traced; asking guards nothing.
+
+    1 for one that only the data know.
+    """
     placeholders = graph.find_nodes(op="placeholder")
     found = {}
     for symbol, (position, dim) in size_inputs(graph).items():
         value = placeholders[position].meta["example_value"]
-        found[symbol] = sympy.Integer((value if dim is None else value.shape[dim]).node.hint)
+        size = (value if dim is None else value.shape[dim]).node
+        found[symbol] = sympy.Integer(size.hint if size.has_hint() else 1)
     return found

@@ -3,7 +3,10 @@
 import pickle
 from typing import Any
 
-from torch._dynamo.aot_compile_types import SerializableCallable
+from torch._dynamo.aot_compile_types import (
+    BundledAOTAutogradSerializableCallable,
+    SerializableCallable,
+)
 
 
 class ByTokens(SerializableCallable):
@@ -14,8 +17,8 @@ class ByTokens(SerializableCallable):
     """
 
     def __init__(self, few: Any, many: Any, first: int, position: int, dim: int | None):
-        self.few, self.many, self.first = few, many, first
-        self.position, self.dim = position, dim
+        self.few, self.many = map(_serializable, (few, many))
+        self.first, self.position, self.dim = first, position, dim
 
     def __call__(self, *args: Any) -> Any:
         given = args[self.position]
@@ -39,9 +42,16 @@ class ByTokens(SerializableCallable):
         return cls(few, many, *kept["at"])
 
     def finalize_loading(self, vllm_config: Any) -> None:
-        """What vLLM calls once it has read one from disk."""
+        """What vLLM calls once it has read one from disk; only those of its own backend need it."""
         for one in (self.few, self.many):
-            one.finalize_loading(vllm_config)
+            if hasattr(one, "finalize_loading"):
+                one.finalize_loading(vllm_config)
+
+
+def _serializable(compiled: Any) -> Any:
+    """What Inductor compiled, as torch itself makes it ready to be kept; anything else as it is."""
+    own = not isinstance(compiled, SerializableCallable) and getattr(compiled, "serialize", None)
+    return BundledAOTAutogradSerializableCallable(compiled) if own else compiled
 
 
 def another(backend: Any) -> Any:

@@ -72,7 +72,11 @@ _MLA: dict[str, Any] = (
 _EXPERTS: dict[str, Any] = {"enable_expert_parallel": True, "enforce_eager": True}
 # vLLM's CPU kernel for rotary embeddings is wrong for MLA, whose k is a slice of a wider tensor:
 # tokens then depend on the other requests of a batch
-_LATENT: dict[str, Any] = _EXPERTS | {"compilation_config": {"custom_ops": ["none"]}}
+# vLLM's kernels for AMX, which it prefers where there is AMX, take no fp32
+_LATENT: dict[str, Any] = _EXPERTS | {
+    "compilation_config": {"custom_ops": ["none"]},
+    "attention_backend": "CPU_MLA",
+}
 
 CHECKPOINTS: dict[str, Checkpoint] = {
     "llama": Checkpoint("llama", _GQA),

@@ -55,7 +55,8 @@ def _drafter(kind: str, target: str, folder: Path) -> tuple[str, dict[str, Any]]
     """The model to serve, and its `speculative_config`; two drafts a step."""
     given: dict[str, Any] = {"num_speculative_tokens": 2}
     if kind == "mtp":
-        return write_mtp(target, folder), given | {"method": "mtp"}
+        like_target = {"attention_backend": CHECKPOINTS["deepseek_v3"].options["attention_backend"]}
+        return write_mtp(target, folder), given | {"method": "mtp"} | like_target
     if kind == "every draft is right":
         return target, given | {"method": "draft_model", "model": target}
     write = {"eagle": write_eagle, "eagle3": write_eagle3}[kind]
