@@ -23,10 +23,11 @@ def trace(
     data_parallel_size: int,
     patterns: Sequence[Pattern],
     joins: bool = True,
+    prices: Prices | None = None,
 ) -> list[tuple[fx.GraphModule, PlannedGraph]]:
     """The graphs with parameters that one call of the model makes, and their plans.
 
-    joins: as `plan_graph` takes it.
+    joins, prices: as `plan_graph` takes them; by default paths are for any number of tokens.
     """
     traced: list[tuple[fx.GraphModule, PlannedGraph]] = []
     named = model.named_parameters() if isinstance(model, nn.Module) else ()
@@ -39,8 +40,8 @@ def trace(
             return
         seen.add((id(gm), *parameters))
         detection = detect(gm.graph, inputs, with_own(patterns), names)
-        prices = Prices(by_range=True)
-        planned = plan_graph(detection, sizes, data_parallel_size, prices=prices, joins=joins)
+        by = prices or Prices(by_range=True)
+        planned = plan_graph(detection, sizes, data_parallel_size, prices=by, joins=joins)
         traced.append((gm, planned))
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
