@@ -46,14 +46,27 @@ class WritableGraph:
         self.counter = TokenCounter(module.graph, planned.sites)
 
     def write(self, key: Key) -> Written:
-        planned = self.planned.at(key)
-        rewritten = rewrite(self.module, planned, self.groups, self._in_force, self.ragged)
-        packed = packing.packable(rewritten.module.graph, rewritten.shards)
+        planned, rewritten = self.planned.at(key), self._rewrite(key)
+        packed = _packable(rewritten)
+        if key != self._decode:  # shards are stored once, as decode reads them
+            packed &= self._packed_in_decode
         packing.take_packed(rewritten.module, packed)
         idle = idle_graph(self.module, planned, rewritten.gathered, self.groups, self._idle_needs)
         packing.take_packed(idle, [i for i, n in enumerate(self.idle_positions) if n in packed])
         collectives = collectives_of(planned.sites, rewritten.gathered.values())
         return Written(rewritten, packed, collectives, idle)
+
+    def _rewrite(self, key: Key) -> RewrittenGraph:
+        planned = self.planned.at(key)
+        return rewrite(self.module, planned, self.groups, self._in_force, self.ragged)
+
+    @property
+    def _decode(self) -> Key:
+        return self.planned.program(dict.fromkeys(self.counter.components, 1))
+
+    @cached_property
+    def _packed_in_decode(self) -> frozenset[int]:
+        return _packable(self._rewrite(self._decode))
 
     @property
     def idle_positions(self) -> Sequence[int]:
@@ -65,3 +78,7 @@ class WritableGraph:
     def _idle_needs(self) -> set[fx.Node]:
         cut = {p for s in self.planned.sites for p, c in s.cuts.items() if c.cut_dim is not None}
         return idle_needs(self.planned, cut | self._in_force.keys())
+
+
+def _packable(rewritten: RewrittenGraph) -> frozenset[int]:
+    return packing.packable(rewritten.module.graph, rewritten.shards)
