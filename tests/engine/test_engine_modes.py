@@ -76,8 +76,8 @@ def test_a_long_prefill_gathers_plain_weights(unsharded: One, sharded: Run, engi
     found = re.search(r"steps of (\d+) tokens and more gather weights", log)
     assert found
     given = prompts()
-    for part in parts(len(given), 2):
-        assert int(found[1]) <= sum(len(given[i]) for i in part) <= 160, "they run in one step"
+    most = max(sum(len(given[i]) for i in part) for part in parts(len(given), 2))
+    assert int(found[1]) <= most <= 160, "one rank's prompts run in one step, and both are padded"
     few, many = (text[: text.index("return")] for text in log.split(" after the pass:")[1:3])
     moved = [text.count("::all_to_all_single(") for text in (few, many)]
     assert moved == [1 + 2 * 2, 1 + 2], "o_proj's tokens stay, the FFN's weights are still more"
