@@ -7,6 +7,8 @@ torch 2.11 to 2.13.
 """
 
 import gc
+import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+log = logging.getLogger("fgtp_pass")
 
 
 @contextmanager
@@ -158,6 +162,39 @@ def _fake_size_input(mode: FakeTensorMode, name: str, example: torch.Tensor) -> 
     return fake
 
 
+# what Dynamo writes for arithmetic on symbols, and cannot trace where these are plain numbers
+_PYTHON: Mapping[Any, Callable[..., Any]] = {
+    torch.sym_sum: sum,
+    torch.sym_max: max,
+    torch.sym_min: min,
+    torch.sym_float: float,
+    torch.sym_int: int,
+    torch.sym_not: operator.not_,
+}
+
+
+def compile_again(module: fx.GraphModule, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a graph that Dynamo traced before, or that was written of one: by tracing it anew.
+
+    A graph that Dynamo cannot trace a second time runs as it is, with a warning.
+    """
+    for node in module.graph.nodes:
+        node.target = _PYTHON.get(node.target, node.target)
+    module.recompile()
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+
+    def run(*inputs: Any) -> Any:
+        nonlocal compiled
+        try:
+            return compiled(*inputs)
+        except torch._dynamo.exc.Unsupported as error:
+            log.warning("this graph runs uncompiled, since Dynamo cannot trace it again: %s", error)
+            compiled = module.forward
+            return compiled(*inputs)
+
+    return run
+
+
 @dataclass(frozen=True)
 class SizeGuard:
     """A condition on input sizes; `numbers` says which symbols are which of the new inputs."""
@@ -192,6 +229,13 @@ def new_inputs(
     }
     guards += [SizeGuard(expr, numbers) for expr in _take_guards(mode.shape_env, set(numbers))]
     del fakes
+
+
+def forget_guards(written: Sequence[fx.Node]) -> None:
+    """Forget those on sizes that `add_size_input` made, for a graph that is not compiled."""
+    for node in written:
+        value = node.meta["example_value"]
+        _take_guards(value.fake_mode.shape_env, {value.shape[0].node.expr})
 
 
 def _take_guards(shape_env: ShapeEnv, symbols: set[sympy.Symbol]) -> list[sympy.Basic]:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from torch import fx
 
+from fgtp_pass import dynamo
 from fgtp_pass.collectives.groups import ComponentGroup
 from fgtp_pass.plan.planner import PlannedGraph, Shards
 from fgtp_pass.rewrite.idle_graph import idle_graph, idle_needs
@@ -66,7 +67,9 @@ class WritableGraph:
 
     @cached_property
     def _packed_in_decode(self) -> frozenset[int]:
-        return _packable(self._rewrite(self._decode))
+        rewritten = self._rewrite(self._decode)
+        dynamo.forget_guards(rewritten.row_inputs)
+        return _packable(rewritten)
 
     @property
     def idle_positions(self) -> Sequence[int]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -330,7 +329,7 @@ class Runtime:
         assert graph is not None, "its parameters are those of the step"
         written = graph.write(key)
         backend = partial(compile_inner, self.options)
-        compiled = torch.compile(written.rewritten.module, backend=backend, fullgraph=True)
+        compiled = dynamo.compile_again(written.rewritten.module, backend)
         log.info("compiling a graph for another number of tokens per rank: %s", written.collectives)
         return _as_program(graph, written, compiled, [])
 
