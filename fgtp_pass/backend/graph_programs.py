@@ -45,29 +45,31 @@ class WritableGraph:
         self.ragged = ragged
         self._in_force = in_force
         self.counter = TokenCounter(module.graph, planned.sites)
+        self._packed: frozenset[int] | None = None  # the shards that decode reads packed
 
     def write(self, key: Key) -> Written:
-        planned, rewritten = self.planned.at(key), self._rewrite(key)
+        """The first time, while Dynamo traces, also decides how shards are stored."""
+        planned = self.planned.at(key)
+        rewritten = self._rewrite(planned)
         packed = _packable(rewritten)
-        if key != self._decode:  # shards are stored once, as decode reads them
-            packed &= self._packed_in_decode
+        if self._packed is None:
+            self._packed = packed if key == self._decode else self._packed_in_decode()
+        packed &= self._packed
         packing.take_packed(rewritten.module, packed)
         idle = idle_graph(self.module, planned, rewritten.gathered, self.groups, self._idle_needs)
         packing.take_packed(idle, [i for i, n in enumerate(self.idle_positions) if n in packed])
         collectives = collectives_of(planned.sites, rewritten.gathered.values())
         return Written(rewritten, packed, collectives, idle)
 
-    def _rewrite(self, key: Key) -> RewrittenGraph:
-        planned = self.planned.at(key)
+    def _rewrite(self, planned: PlannedGraph) -> RewrittenGraph:
         return rewrite(self.module, planned, self.groups, self._in_force, self.ragged)
 
     @property
     def _decode(self) -> Key:
         return self.planned.program(dict.fromkeys(self.counter.components, 1))
 
-    @cached_property
     def _packed_in_decode(self) -> frozenset[int]:
-        rewritten = self._rewrite(self._decode)
+        rewritten = self._rewrite(self.planned.at(self._decode))
         dynamo.forget_guards(rewritten.row_inputs)
         return _packable(rewritten)
 
