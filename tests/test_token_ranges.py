@@ -120,11 +120,11 @@ def _generates(name: str, k: int, tokens: str) -> tuple[float, list[list[str]]]:
     [
         ("llama", "equal"),
         ("llama", "ragged"),
-        *(
-            pytest.param(name, tokens, marks=full)
-            for name in ("phi", "gemma2", "gpt2", "qwen2_moe", "deepseek_v3")
-            for tokens in ("equal", "ragged")
-        ),
+        # attention beside the FFN, norms on both sides, weights [in, out], experts and latents
+        pytest.param("phi", "ragged", marks=full),
+        pytest.param("gemma2", "equal", marks=full),
+        pytest.param("gpt2", "ragged", marks=full),
+        pytest.param("deepseek_v3", "equal", marks=full),
     ],
 )
 def test_prefill_by_weights_and_decode_by_tokens(ranks: Pools, name: str, tokens: str) -> None:

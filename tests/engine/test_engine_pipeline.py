@@ -16,7 +16,6 @@ from test_engine_tokens import assert_same
         ("llama", "v1"),
         pytest.param("qwen3", "v1", marks=full),  # tied: both stages have the table
         pytest.param("glm4_moe", "v2", marks=full),  # no graph; a dense FFN on the first alone
-        pytest.param("llama", "v2", marks=full),
     ],
 )
 def test_two_stages(
