@@ -175,7 +175,7 @@ def in_order(emit: Emit, x: Any, rows: Any, cut: WeightCut, k: int) -> Any:
         if k * width > block:
             x = emit(torch.narrow, x, 2, 0, block)
         return emit(torch.reshape, x, (rows, blocks * block))
-    return emit(torch.narrow, x, 1, 0, block) if k * width > block else x
+    return _contiguous(emit, emit(torch.narrow, x, 1, 0, block)) if k * width > block else x
 
 
 def _times(emit: Emit, rows: Any, factor: int) -> Any:
