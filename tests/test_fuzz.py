@@ -44,6 +44,14 @@ FOUND = {
         dynamic=True,
         calls=(((1, 4), (2, 4), None),),
     ),
+    "a buffer that an idle rank does not change scales inner features": Case(
+        Program(
+            layers=(Layer(attention=None, ffn=Ffn(gate="none", before_gate="buffer by foreach")),),
+        ),
+        contract="ragged",
+        dynamic=True,
+        calls=(((3, 7), None, None), (None, (3, 4), None), ((2, 2), None, None)),
+    ),
     "pooled pairs, one of them": Case(
         Program(layers=(Layer(tokens="mean of pairs"),)), dynamic=True, calls=(((1, 2),) * 3,)
     ),
