@@ -46,7 +46,12 @@ FOUND = {
     ),
     "a buffer that an idle rank does not change scales inner features": Case(
         Program(
-            layers=(Layer(attention=None, ffn=Ffn(gate="none", before_gate="buffer by foreach")),),
+            layers=(
+                Layer(
+                    attention=None,
+                    ffn=Ffn(gate="none", operand="element", before_gate="buffer by foreach"),
+                ),
+            ),
         ),
         contract="ragged",
         dynamic=True,
