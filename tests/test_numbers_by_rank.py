@@ -12,6 +12,13 @@ from torch import nn
 import fgtp_pass
 from fgtp_pass import fgtp_backend
 
+_OPTIONS: dict[str, Any] = {
+    "inner_backend": "eager",
+    "timeout_seconds": 60,
+    "allow_missing": ["mlp"],
+    "finegrained_tp_config": {"oproj_tensor_parallel_size": 2, "mlp_tensor_parallel_size": 2},
+}
+
 
 class Scaled(nn.Module):
     """An FFN whose inner features, or a layer whose residual stream, the caller scales."""
@@ -29,20 +36,55 @@ class Scaled(nn.Module):
         return x + self.down(y * scale if self.inside else y)
 
 
+class Counting(Scaled):
+    """It scales by a buffer of its own, which each step changes."""
+
+    def __init__(self, inside: bool, read: str):
+        super().__init__(inside)
+        self.read = read
+        self.register_buffer("kept", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = {
+            "itself": lambda: self.kept[3],
+            "a value made of it": lambda: self.kept[3] * 0.5,
+        }[self.read]()
+        out = super().forward(x, scale)
+        self.kept.mul_(1.5)
+        return out
+
+
+def _one_idles(inside: bool, read: str) -> float:
+    """Rank 1 idles in every other step, and so does not change its buffer."""
+    torch.manual_seed(0)
+    model, whole = (Counting(inside, read).eval().requires_grad_(False) for _ in range(2))
+    whole.load_state_dict(model.state_dict())
+    fast = torch.compile(model, backend=fgtp_backend, options=_OPTIONS)
+    worst = 0.0
+    with torch.no_grad():
+        for step in range(4):
+            if dist.get_rank() == 1 and step % 2:
+                fgtp_pass.idle_step(fast)
+                continue
+            x = torch.randn(2, 8)
+            worst = max(worst, float((fast(x) - whole(x)).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("read", ["itself", "a value made of it"])
+def test_buffers_that_an_idle_rank_does_not_change(ranks: Pools, inside: bool, read: str) -> None:
+    assert max(ranks(2).run(_one_idles, inside, read)) <= 1e-5
+
+
 def _compare(inside: bool, dynamic: bool | None) -> float:
     torch.manual_seed(0)
     model = Scaled(inside).eval().requires_grad_(False)
-    options: dict[str, Any] = {
-        "inner_backend": "eager",
-        "timeout_seconds": 60,
-        "allow_missing": ["mlp"],
-        "finegrained_tp_config": {"oproj_tensor_parallel_size": 2, "mlp_tensor_parallel_size": 2},
-    }
     rank = dist.get_rank()
-    calls = [(torch.randn(5, 8), 0.5 + rank + step) for step in range(3)]
+    calls = [(torch.randn(2, 8), 0.5 + rank + step) for step in range(3)]
     with torch.no_grad():
         want = [model(*call) for call in calls]
-        fast = torch.compile(model, backend=fgtp_backend, options=options, dynamic=dynamic)
+        fast = torch.compile(model, backend=fgtp_backend, options=_OPTIONS, dynamic=dynamic)
         got = [fast(*call) for call in calls]
     return max(float((a - b).abs().max()) for a, b in zip(got, want, strict=True))
 

@@ -231,10 +231,28 @@ class GraphView:
         return root
 
     def varies_by_rank(self, node: fx.Node) -> bool:
-        """Whether it is a number that may be another on each rank: of sizes, or a caller's."""
+        """Whether it may be another on each rank, beside activations.
+
+        A number of sizes or a caller's; or what follows from a buffer that the graph changes, which
+        a rank that idles does not do.
+        """
+        return self._is_own_number(node) or node in self._changing
+
+    def _is_own_number(self, node: fx.Node) -> bool:
         if is_value(node):
             return False
         return isinstance(value_of(node), torch.SymInt) or not self.facts[node].static
+
+    @cached_property
+    def _changing(self) -> Set[fx.Node]:
+        """What follows, without any activation, from memory that some op may change."""
+        written = frozenset[fx.Node]().union(*self.writes.values())
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            follows = self._memory[node] & written or not found.isdisjoint(node.all_input_nodes)
+            if follows and node in self._static:
+                found.add(node)
+        return found
 
     @cached_property
     def _input_symbols(self) -> Set[object]:
@@ -287,7 +305,7 @@ class GraphView:
             self.normal_form.lookups[node] = lookup
             return Facts(origin=node) if active else STATIC
         if not active:
-            varies = not is_value(node) and any(map(self.varies_by_rank, node.all_input_nodes))
+            varies = not is_value(node) and any(map(self._is_own_number, node.all_input_nodes))
             return Facts() if varies else STATIC
         return self._op_facts(node, inputs, active)
 

@@ -146,10 +146,7 @@ def _check_op(
             return ""
         return _check_split(node, source, width, blocks, ops)
     if any(view.varies_by_rank(n) for n in node.all_input_nodes):
-        return "a number that may be another on each rank stands between its projections"
-    if any(view.facts[n].static and view.may_be_written([n]) for n in tensor_inputs(node)):
-        # a rank that idles does not change its own
-        return "a buffer that the graph changes stands between its projections"
+        return "a value that may be another on each rank stands between its projections"
     inputs = tensor_inputs(node)
     held = {blocks[alias.get(n, n)] for n in inputs if alias.get(n, n) in blocks}
     if len({len(b) for b in held}) != 1:

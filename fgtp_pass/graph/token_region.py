@@ -158,9 +158,8 @@ def _is_local(
         return False  # broadcast over tokens
     if any(n is not source or len(n.users) > 1 for n in written_nodes(node)):
         return False
-    static = [n for n in inputs if view.facts[n].static]
-    # a rank that idles does not change its own buffers
-    if any(value_of(n).dim() > 1 for n in static) or view.may_be_written(static):
+    static = [value_of(n) for n in inputs if view.facts[n].static]
+    if any(value.dim() > 1 for value in static):
         return False
     if any(view.varies_by_rank(n) for n in node.all_input_nodes):
         return False
