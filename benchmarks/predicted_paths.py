@@ -7,7 +7,6 @@ figures are predictions of the cost model (docs/cost-model.md), for devices that
 """
 
 from collections import Counter
-from typing import Any
 
 import torch
 from common import parser, report
@@ -16,32 +15,22 @@ from fgtp_pass.cost.estimate import Cluster
 from fgtp_pass.cost.hardware import load
 from fgtp_pass.cost.layout import Deployment, Layout, Load
 from fgtp_pass.cost.path_seconds import Seconds, path_seconds
-from fgtp_pass.detect.match import Match
 from fgtp_pass.dry_run.trace import trace
 from fgtp_pass.models.config_json import read_config
 from fgtp_pass.models.layer_stack import LayerStack, find_layers
 from fgtp_pass.models.meta_model import build
 from fgtp_pass.models.summarize import summarize
 from fgtp_pass.models.trace_layers import decode_call
+from fgtp_pass.options.path_prices import by_time
 from fgtp_pass.plan.planner import PlannedGraph
-from fgtp_pass.plan.prices import BySite, Prices
+from fgtp_pass.plan.prices import Prices
 
 MODELS = ("deepseek-ai/DeepSeek-R1", "meta-llama/Llama-3.1-70B")
 HARDWARE = ("h200", "ascend-910b-a2")
 RANKS = 8
-COMPONENTS = ("embedding", "lmhead", "oproj", "mlp")
+SIZES = dict.fromkeys(("embedding", "lmhead", "oproj", "mlp"), RANKS)
 BATCH, PROMPT = 32, 8192  # sequences of a rank in decode, tokens of the prompt that it takes in
 DTYPE = "bfloat16"
-
-
-def by_time(seconds: Seconds) -> Prices:
-    def at(tokens: int) -> BySite:
-        def by_site(match: Match) -> Any:
-            return lambda path: (seconds(path, tokens, RANKS, DTYPE),)
-
-        return by_site
-
-    return Prices(at, BATCH, by_range=True)
 
 
 def planned_layers(name: str, prices: Prices, joins: bool) -> tuple[PlannedGraph, LayerStack]:
@@ -50,9 +39,8 @@ def planned_layers(name: str, prices: Prices, joins: bool) -> tuple[PlannedGraph
     model = build(read_config(name))
     stack = find_layers(model)
     assert stack is not None
-    sizes = dict.fromkeys(COMPONENTS, RANKS)
     with stack.only(stack.traced):
-        ((_, planned),) = trace(model, (), decode_call(), sizes, RANKS, (), joins, prices)
+        ((_, planned),) = trace(model, (), decode_call(), SIZES, RANKS, (), joins, prices)
     return planned, stack
 
 
@@ -74,16 +62,16 @@ def main() -> None:
     for name in MODELS:
         before, stack = planned_layers(name, Prices(), joins=False)
         for hardware in map(load, HARDWARE):
-            seconds = path_seconds(Cluster(hardware, RANKS, RANKS))
-            after, _ = planned_layers(name, by_time(seconds), joins=True)
+            cluster = Cluster(hardware, RANKS, RANKS)
+            seconds = path_seconds(cluster)
+            after, _ = planned_layers(name, by_time(cluster, SIZES, BATCH), joins=True)
             deployment = Deployment(
                 summarize(name), hardware, Load(RANKS * BATCH, PROMPT, 256), RANKS
             )
-            sizes = dict.fromkeys(COMPONENTS, RANKS)
             experts = deployment.summary.experts is not None
             layouts = [
                 Layout(data_parallel_size=RANKS, expert_parallel=experts, sizes=s)
-                for s in ({}, sizes)
+                for s in ({}, SIZES)
             ]
             for what, tokens in (("TPOT", BATCH), ("prefill", PROMPT)):
                 whole, cut = (

@@ -118,7 +118,10 @@ def _at(count: int, repetitions: int, hardware: Hardware, profile: str) -> dict[
 
 @contextmanager
 def link(rate: str) -> Iterator[Any]:
-    """Two hosts whose link has this rate, as `tc` spells it. Raises pytest.skip.Exception."""
+    """Two hosts whose link has this rate, as `tc` spells it.
+
+    Without the rights `two_hosts` raises pytest.skip.Exception, as in a test.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from two_hosts import two_hosts
 
@@ -127,7 +130,7 @@ def link(rate: str) -> Iterator[Any]:
             limit = f"qdisc add dev {host.interface} root tbf rate {rate} burst 256kb latency 100ms"
             command = ["ip", "netns", "exec", host.name, "tc", *limit.split()]
             if subprocess.run(command, capture_output=True).returncode:
-                pytest.skip("needs `tc` with its token bucket filter (iproute2, sch_tbf)")
+                sys.exit("needs `tc` with its token bucket filter (iproute2, sch_tbf)")
         yield hosts
 
 
@@ -142,6 +145,7 @@ def main() -> None:
         dist.init_process_group("gloo", timeout=timedelta(seconds=600))
         print("RESULT" + json.dumps(rank_main(given.tokens, given.repetitions)))
         return
+    table: list[list[Any]] = []
     results = {}
     for rate in given.rates:
         try:
@@ -150,16 +154,15 @@ def main() -> None:
                 job = ["--as-rank", f"--tokens={counts}", f"--repetitions={given.repetitions}"]
                 printed = hosts.torchrun(Path(__file__).resolve(), *job, timeout=1800)
         except pytest.skip.Exception as why:
-            sys.exit(f"prefill_link: {why}")
+            sys.exit(str(why))
         per_rank = [json.loads(text.split("RESULT")[1].splitlines()[0]) for text in printed]
         columns, rows, results[rate] = compared(per_rank, VARIANTS, PAIRS)
         for row, result, one in zip(rows, results[rate], per_rank[0], strict=True):
             result["predicted_added_ms"] = round(1e3 * one["added"], 1)
-            row.append(result["predicted_added_ms"])
-        title = f"A prefill over {rate}, fp32, ms of the slower rank"
-        report(title, [*columns, "predicted time-dp"], rows, {}, None)
+            table.append([rate, *row, result["predicted_added_ms"]])
     whole = {"benchmark": "prefill_link", "machine": machine(), "model": SHAPE, "rates": results}
-    report("prefill_link", ["model"], [[str(SHAPE)]], whole, given.output)
+    title = "A prefill over a slow link, fp32, ms of the slower rank"
+    report(title, ["link", *columns, "predicted time-dp"], table, whole, given.output)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Private names used: `Node._dynamo_source` (where an input comes from), `Node.meta["example_value"]`
 (its fake value), `ShapeEnv.guards`, `torch._C._set_throw_on_mutable_data_ptr`, the setting
-`meta_nonzero_assume_all_nonzero`, the recompile limits, `torch.utils._sympy.interp`. Checked with
-torch 2.11 to 2.13.
+`meta_nonzero_assume_all_nonzero`, the recompile limits, `torch.utils._sympy.interp`,
+`torch._dynamo.exc.Unsupported`; and in `vllm/by_tokens.py`, for the torch that vLLM comes with,
+`torch._dynamo.aot_compile_types`. Checked with torch 2.11 to 2.13.
 """
 
 import gc

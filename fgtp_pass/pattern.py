@@ -14,7 +14,8 @@ from fgtp_pass.detect.match import (
     same_vocabulary,
     single_matmul,
 )
-from fgtp_pass.graph.dataflow import Facts, GraphView, Reach
+from fgtp_pass.graph.dataflow import GraphView
+from fgtp_pass.graph.facts import Facts, Reach
 from fgtp_pass.graph.normal_form import Lookup, ParamMatmul, Weight
 from fgtp_pass.graph.op_kinds import OpKind, is_tensor, op_kind, op_name, tensor_inputs, value_of
 from fgtp_pass.graph.region import NoRegion, Region, find_region

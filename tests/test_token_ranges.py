@@ -56,15 +56,14 @@ def test_weights_move_where_they_are_fewer_bytes_than_the_tokens() -> None:
     assert f"oproj from {_first(plan, 'oproj')} tokens per rank on: Own x (W/k" in text
     assert "a step that gathers weights takes up to " in text
     largest = max(w.nbytes for s in plan.sites if s.component != "embedding" for w in s.weights)
-    assert plan.gathered_bytes == 2 * largest
+    assert plan.gathered_peak_bytes == 2 * largest
 
 
 def _first(plan: Plan, component: str) -> int:
     return next(s.ranges[-1].from_tokens for s in plan.sites if s.component == component)
 
 
-def test_with_constants_paths_go_by_time() -> None:
-    """Tokens move in decode and weights in a long prefill, later than by bytes alone."""
+def test_by_time_tokens_move_in_decode_and_weights_in_a_long_prefill() -> None:
     seconds = path_seconds(Cluster(load("h100-sxm"), 8, 8))
     wide = 8192
     shape = StageShape((Cut.IN, Cut.OUT), 2 * wide, 2 * wide, 4 * wide, 2 * wide * wide, 1)
@@ -163,6 +162,27 @@ def test_one_graph_takes_each_path_in_turn(ranks: Pools) -> None:
         assert len(errors) == len(runs)
         assert runs[1] == runs[3] == runs[7]
         assert runs[2] == runs[4] == runs[6] != runs[1]
+
+
+def _by_time() -> tuple[str, float]:
+    """What the plan's paths were compared by, and the error."""
+    torch._dynamo.reset()
+    model, whole, runs = zoo.build("llama"), zoo.build("llama"), list[list[str]]()
+    fast = _compiled(model, 2, runs, decode_batch=4, hardware="h100-sxm")
+    ids = prompts(dist.get_rank(), 2, SHORT, model.config.vocab_size)
+    with torch.no_grad():
+        want = whole(input_ids=ids, use_cache=False).logits
+        got = fast(input_ids=ids, use_cache=False).logits
+    plan = fgtp_pass.applied_plan(fast)
+    assert plan is not None
+    return plan.paths_by, relative_errors(got, want)[0]
+
+
+def test_a_declared_decode_batch_and_constants_choose_by_time(ranks: Pools) -> None:
+    for by, error in ranks(2).run(_by_time):
+        assert by.startswith("predicted time at 4 tokens per rank on NVIDIA H100")
+        assert error <= 2e-5
+    assert _plan().paths_by == "messages, then bytes"
 
 
 def _idles(name: str, tokens: str, lengths: tuple[int, ...], idle: tuple[int, ...]) -> float:

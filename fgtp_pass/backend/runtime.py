@@ -21,8 +21,8 @@ from fgtp_pass.agreement.control_group import (
 from fgtp_pass.agreement.equality import differing_items, require_same_items
 from fgtp_pass.agreement.hosts import ranks_on_smallest_host
 from fgtp_pass.agreement.message import Intent
-from fgtp_pass.backend.graph_programs import WritableGraph, Written
 from fgtp_pass.backend.inner import Compiled, compile_inner
+from fgtp_pass.backend.writable_graph import WritableGraph, Written
 from fgtp_pass.collectives.groups import ComponentGroup, DataParallelGroup
 from fgtp_pass.detect.detect import Detection, detect
 from fgtp_pass.dynamo import SizeGuard

@@ -7,7 +7,8 @@ from torch import fx
 
 from fgtp_pass.algebra.placement import Cut
 from fgtp_pass.detect.match import Findings, Match, MatmulStage, Refusal, count_depends_on_data
-from fgtp_pass.graph.dataflow import GraphView, Reach
+from fgtp_pass.graph.dataflow import GraphView
+from fgtp_pass.graph.facts import Reach
 from fgtp_pass.graph.normal_form import ParamMatmul
 from fgtp_pass.graph.op_kinds import OpKind, op_kind, value_of
 from fgtp_pass.graph.region import NoRegion, Region, find_region

@@ -2,7 +2,8 @@
 
 from torch import fx
 
-from fgtp_pass.graph.dataflow import GraphView, Reach
+from fgtp_pass.graph.dataflow import GraphView
+from fgtp_pass.graph.facts import Reach
 from fgtp_pass.graph.normal_form import ParamMatmul
 from fgtp_pass.graph.op_kinds import OpKind, op_kind, op_name, value_of
 from fgtp_pass.graph.region import NoRegion, find_region

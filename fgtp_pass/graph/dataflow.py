@@ -5,14 +5,14 @@ modules and parameters are never looked at.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Set
-from dataclasses import dataclass, replace
-from enum import Flag, auto
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import fx
 
 from fgtp_pass.graph.aliasing import shares_memory_with, written_nodes
+from fgtp_pass.graph.facts import STATIC, Facts, Reach
 from fgtp_pass.graph.normal_form import Lookup, NormalForm, ParamMatmul, read_lookup, read_matmul
 from fgtp_pass.graph.op_kinds import (
     CASTS,
@@ -30,41 +30,6 @@ from fgtp_pass.graph.op_kinds import (
 )
 from fgtp_pass.graph.size_expression import size_inputs
 
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of one value from the ops that made it.
-
-    static: made of parameters and constants only.
-    token_ids: integers that the caller gave, not computed.
-    cores: attention cores it carries, no residual stream mixed in. A core is what mixes tokens:
-    softmax(Q Kᵀ) V, a product of three activations (linear attention), a convolution.
-    origin: the one matmul, lookup, core or input that it is a function of, besides statics.
-    scores: carries a product of two activations (before a softmax); probs: the softmax of that.
-    selected: its tokens were picked by data. chosen: computed from a topk or argmax.
-    """
-
-    static: bool = False
-    token_ids: bool = False
-    cores: frozenset[fx.Node] = frozenset()
-    origin: fx.Node | None = None
-    scores: bool = False
-    probs: bool = False
-    selected: bool = False
-    chosen: bool = False
-
-
-class Reach(Flag):
-    """What a value flows into without another matmul or attention core in between."""
-
-    NOTHING = 0
-    ATTENTION = auto()
-    MATMUL = auto()
-    CHOICE = auto()
-    OUTPUT = auto()
-
-
-STATIC = Facts(static=True)
 _ELEMENTWISE = (OpKind.POINTWISE, OpKind.LAYOUT)
 _PICKS = (OpKind.POINTWISE, OpKind.MATMUL, OpKind.SELECT)
 # ops on integers through which token ids stay token ids

@@ -10,22 +10,20 @@ import torch
 from fgtp_pass import disk_cache
 from fgtp_pass.agreement.control_group import Exchange
 from fgtp_pass.agreement.message import Intent
-from fgtp_pass.algebra.price import Pricing
 from fgtp_pass.calibration.measure import measure
 from fgtp_pass.collectives.groups import DataParallelGroup, hostname
 from fgtp_pass.cost.advice import choose_sizes
 from fgtp_pass.cost.estimate import Cluster
 from fgtp_pass.cost.hardware import Hardware, detect, load
-from fgtp_pass.cost.path_seconds import path_seconds
 from fgtp_pass.cost.shape import component_shapes
 from fgtp_pass.detect.detect import Detection
-from fgtp_pass.detect.match import Match
 from fgtp_pass.errors import AgreementError
 from fgtp_pass.graph.op_kinds import value_of
 from fgtp_pass.options.options import MEASURE, Options
+from fgtp_pass.options.path_prices import by_time
 from fgtp_pass.plan.plan import ChosenSize
 from fgtp_pass.plan.planner import plan_graph
-from fgtp_pass.plan.prices import BySite, Prices
+from fgtp_pass.plan.prices import Prices
 from fgtp_pass.plan.sizes import AUTO
 
 log = logging.getLogger("fgtp_pass")
@@ -102,23 +100,15 @@ class SizeChooser:
 
     @property
     def prices(self) -> Prices:
-        """What paths are compared by: predicted time, for a declared decode batch and with the
-        constants of rank 0, else messages and bytes. The same on all ranks."""
+        """What paths are compared by, the same on all ranks.
+
+        Predicted time for a declared decode batch, with the constants of rank 0; else messages and
+        bytes.
+        """
         batch = self._options.decode_batch
         if batch is None or self._cluster is None:
             return Prices(by_range=True)
-        seconds = path_seconds(self._cluster)
-
-        def at(tokens: int) -> BySite:
-            def by_site(match: Match) -> Pricing:
-                weight = value_of(match.parameters[0])
-                size, dtype = self.sizes[match.component], str(weight.dtype).removeprefix("torch.")
-                return lambda path: (seconds(path, tokens, size, dtype),)
-
-            return by_site
-
-        said = f"predicted time at {batch} tokens per rank on {self._cluster.hardware.title}"
-        return Prices(at, batch, by_range=True, said=said)
+        return by_time(self._cluster, self.sizes, batch)
 
     def _cluster_of(self, hardware: Hardware) -> Cluster:
         return Cluster(hardware, self._group.size, self._ranks_on_host)

@@ -153,7 +153,7 @@ class Plan(_Frozen):
         return sum(weight.bytes_saved(size) for weight, size in self.cuts().values())
 
     @property
-    def gathered_bytes(self) -> int:
+    def gathered_peak_bytes(self) -> int:
         """The most that weights gathered for a step with many tokens take on a rank, for that time.
 
         No more than two of them are there at once.
@@ -244,8 +244,8 @@ class Plan(_Frozen):
             for one in site.ranges
             if one.from_tokens
         )
-        if self.gathered_bytes:
-            most = format_bytes(self.gathered_bytes)
+        if self.gathered_peak_bytes:
+            most = format_bytes(self.gathered_peak_bytes)
             found[f"a step that gathers weights takes up to {most} more for them"] = None
         return list(found)
 

@@ -42,7 +42,5 @@ class Programs:
         """Which of them runs. largest: by component, the most tokens of any rank of the group."""
         return range_numbers(self._firsts, largest)
 
-    def get(self, key: Key) -> Program:
-        if key not in self.made:
-            self.made[key] = self._make(key)
-        return self.made[key]
+    def make(self, key: Key) -> None:
+        self.made[key] = self._make(key)

@@ -72,8 +72,8 @@ class Step:
         key = self.programs.key(dict(zip(self.counter.components, largest, strict=True)))
         if key not in self.programs.made:
             with self.control.running([]):  # if it fails, the others hear of it
-                return self.programs.get(key)
-        return self.programs.get(key)
+                self.programs.make(key)
+        return self.programs.made[key]
 
     def _run(self, args: tuple[Any, ...]) -> Any:
         counts = self.counter(args)

@@ -37,7 +37,7 @@ from fgtp_pass.graph.region import NoRegion, find_region
 from fgtp_pass.graph.size_expression import size_inputs
 from fgtp_pass.graph.text import graph_text
 from fgtp_pass.plan.plan import WeightCut
-from fgtp_pass.plan.planner import PlannedGraph, PlannedSite, plan_graph
+from fgtp_pass.plan.planner import PlannedGraph, plan_graph
 from fgtp_pass.plan.prices import Prices
 from fgtp_pass.rewrite.rewrite import rewrite
 from fgtp_pass.vllm.by_tokens import ByTokens, another
@@ -149,19 +149,14 @@ def _many_tokens(
         return None  # the graph is for one number, or its sites see several
     components = {site.match.component for site in planned.sites}
     many = planned.at(planned.program(dict.fromkeys(components, most_tokens)))
-    gathered = sum(_sent(site, 0) for site in many.sites)
-    saved = sum(_sent(site, 1) for site in few.sites) - sum(_sent(s, 1) for s in many.sites)
-    saved += gathered
+    sizes = {site: site.site.group_size for site in many.sites}
+    gathered = sum(site.path.gathered_bytes * (k - 1) / k for site, k in sizes.items())
+    by_few, by_many = (sum(s.path.bytes_per_token for s in one.sites) for one in (few, many))
+    saved = by_few - by_many  # for each token
     if not gathered or saved * most_tokens <= gathered:
         return None
     position, dim = where[tokens.pop()]
     return ManyTokens(written(many), math.floor(gathered / saved) + 1, position, dim)
-
-
-def _sent(site: PlannedSite, tokens: int) -> float:
-    """Bytes that a rank sends for a site in a step of so many tokens."""
-    size = site.site.group_size
-    return site.path.bytes_per_token * tokens + site.path.gathered_bytes * (size - 1) / size
 
 
 def _plan(

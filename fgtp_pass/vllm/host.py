@@ -24,6 +24,8 @@ STANDALONE_DRAFTER = (
 _NEEDED: dict[str, tuple[str, ...]] = {
     "vllm.config.compilation.CompilationConfig.init_backend": ("vllm_config", "prefix"),
     "vllm.config.compilation.CompilationConfig.compute_hash": (),
+    "vllm.compilation.backends.VllmBackend.__init__": ("vllm_config", "prefix", "is_encoder"),
+    "vllm.compilation.caching.VllmSerializableFunction.finalize_loading": ("vllm_config",),
     "vllm.config.utils.get_hash_factors": ("config", "ignored_factors"),
     "vllm.config.set_current_vllm_config": ("vllm_config",),
     "vllm.config.ParallelConfig.has_unfinished_dp": ("dp_group",),
