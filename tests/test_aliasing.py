@@ -60,6 +60,7 @@ CHANGES = {
     "operator": lambda m, h: m.scale.__itruediv__(2),
     "set_item": lambda m, h: m.history.__setitem__(3, 2.0),
     "another_view": lambda m, h: m.history.view(2, 2).add_(1.0),
+    "data": lambda m, h: m.history.data.add_(1.0),
     "out": lambda m, h: torch.max(m.other, out=m.scale),
     "foreach": lambda m, h: torch._foreach_add_([m.other, m.history], 1.0),
     "custom_op": lambda m, h: grow(m.history),
@@ -73,6 +74,7 @@ LEAVES = {
     "custom_op_that_reads": lambda m, h: largest(m.history),
     "a_copy": lambda m, h: m.history.clone().mul_(2.0),
     "cumsum": lambda m, h: m.history.cumsum(0),
+    "data_read": lambda m, h: m.history.data + 1.0,
 }
 
 

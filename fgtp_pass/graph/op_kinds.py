@@ -50,6 +50,7 @@ _OPERATOR_NAMES = {
     "and_": "bitwise_and",
     "or_": "bitwise_or",
     "numpy_T": "T",  # `x.T` in graphs of torch 2.15
+    "_get_data_attr": "data",  # `x.data` in graphs of torch 2.13
 }
 # reorder, select or copy elements in row-major order or not; see `keeps_token_order`
 _ORDER_KEEPING = {

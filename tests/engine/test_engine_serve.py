@@ -131,18 +131,16 @@ def test_a_signal_ends_every_process(
         answers=not starting,
     ) as served:
 
-        def ask(i: int) -> int:
-            """How many tokens came before the server was gone."""
+        def ask(i: int) -> None:
+            """Streams, one behind the other, until the server is gone."""
             client = OpenAI(base_url=served.url, api_key="none", timeout=120, max_retries=0)
-            tokens = 0
             with contextlib.suppress(APIError, httpx.HTTPError):
-                for _ in client.completions.create(
-                    model=model, prompt=given[i], max_tokens=80, stream=True,
-                    extra_body={"ignore_eos": True},
-                ):  # fmt: skip
-                    tokens += 1
-                    started.release()
-            return tokens
+                while True:
+                    for _ in client.completions.create(
+                        model=model, prompt=given[i], max_tokens=80, stream=True,
+                        extra_body={"ignore_eos": True},
+                    ):  # fmt: skip
+                        started.release()
 
         started = threading.Semaphore(0)
         with ThreadPoolExecutor(STREAMS) as pool:
@@ -163,4 +161,5 @@ def test_a_signal_ends_every_process(
             left = [process for process in running if process.is_alive()]
         assert not left, served.log.read_text()[-8000:]
         assert not [file for file in held if file.exists()]
-        assert any(answer.result() < 80 for answer in answers) or not busy
+        for answer in answers:
+            answer.result()
