@@ -2,8 +2,9 @@
 
 Of a whole model on eight devices of one node, all four components over eight data-parallel ranks.
 "before": each site by itself, tokens move whatever their number; "after": sites that touch share
-stretches, and each takes the path with the smallest predicted time. Nothing is measured here: all
-figures are predictions of the cost model (docs/cost-model.md), for devices that it has profiles of.
+stretches, and each takes the path with the smallest predicted time. "fgtp plan" is what the planner
+says, which prices components and not paths. Nothing is measured here: all figures are predictions of
+the cost model (docs/cost-model.md), for devices that it has profiles of.
 """
 
 from collections import Counter
@@ -44,10 +45,15 @@ def planned_layers(name: str, prices: Prices, joins: bool) -> tuple[PlannedGraph
     return planned, stack
 
 
+def rows_of(component: str, tokens: int) -> int:
+    """Rows of a component in a decode step, or in a prefill: a head sees the last token only."""
+    return tokens if tokens == BATCH or component != "lmhead" else 1
+
+
 def collectives(planned: PlannedGraph, stack: LayerStack, seconds: Seconds, tokens: int) -> float:
-    """Seconds of all collectives of the whole model. An lm_head sees one token of each prompt."""
-    rows = dict.fromkeys(("lmhead",), BATCH if tokens == BATCH else 1)
-    most = {site.match.component: rows.get(site.match.component, tokens) for site in planned.sites}
+    """Seconds of all collectives of the whole model."""
+    names = {site.match.component for site in planned.sites}
+    most = {name: rows_of(name, tokens) for name in names}
     stands_for, total = Counter(stack.stand_ins), 0.0
     for site in planned.at(planned.program(most)).sites if planned.ranges else planned.sites:
         number = stack.number(site.site.weights[0].fqn)
@@ -74,21 +80,30 @@ def main() -> None:
                 for s in ({}, SIZES)
             ]
             for what, tokens in (("TPOT", BATCH), ("prefill", PROMPT)):
-                whole, cut = (
+                whole, planned = (
                     deployment.step_seconds(one, RANKS * BATCH)
                     if tokens == BATCH
                     else deployment.prefill_seconds(one)
                     for one in layouts
                 )
+                cut = whole + sum(
+                    cluster.change_seconds(shape, RANKS, rows_of(name, tokens))
+                    for name, shape in deployment.shapes.items()
+                    if name in SIZES
+                )
                 moved = [collectives(one, stack, seconds, tokens) for one in (before, after)]
-                figures = [whole, cut, cut - moved[0] + moved[1], *moved]
+                figures = [whole, cut, cut - moved[0] + moved[1], planned, *moved]
                 rows.append([name, hardware.title, what, *(1e3 * figure for figure in figures)])
-                keys = ("unsharded", "before", "after", "collectives_before", "collectives_after")
+                keys = (
+                    *("unsharded", "before", "after", "by_component"),
+                    *("collectives_before", "collectives_after"),
+                )
                 milliseconds = dict(zip(keys, (round(1e3 * f, 2) for f in figures), strict=True))
                 results.append(
                     {"model": name, "hardware": hardware.name, "of": what} | milliseconds
                 )
-    columns = ["model", "hardware", "of", "unsharded", "before", "after", "moving before", "after"]
+    columns = ["model", "hardware", "of", "unsharded", "before", "after", "`fgtp plan`"]
+    columns += ["moving before", "after"]
     title = f"Predicted ms on {RANKS} devices, {BATCH} sequences per rank, prompts of {PROMPT}"
     report(title, columns, rows, {"benchmark": "predicted_paths", "rows": results}, given.output)
 

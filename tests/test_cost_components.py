@@ -161,7 +161,7 @@ IN_SHORT = ("DeepSeek-R1", "Qwen2-57B-A14B")
 def test_elements_of_components(name: str) -> None:
     public = MODELS[name]
     config = read_config(public.config) if isinstance(public.config, str) else public.config
-    plan = plan_model(build(config))
+    plan, _ = plan_model(build(config))
     found: dict[str, int] = {}
     for site in plan.sites:
         cut = [weight.shape for weight in site.weights if len(weight.shape) == 2]

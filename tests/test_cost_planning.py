@@ -183,7 +183,7 @@ def test_one_layer_of_a_kind_stands_for_all(name: str) -> None:
     model = zoo.build(name, device="meta", **extra)
     every = {f"{name}_tensor_parallel_size": 2 for name in (*zoo.COMPONENTS, *zoo.OPT_IN)}
     options = {"data_parallel_size": 2, "allow_missing": ["sharedexpert"]}
-    found = plan_model(model)
+    found, _ = plan_model(model)
     joined = make_plan(model, kwargs=decode_call(), finegrained_tp_config=every, **options)
     assert found.cuts().keys() == joined.cuts().keys()
     assert found.left_alone == joined.left_alone

@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ from fgtp_pass.weights import packing
 log = logging.getLogger("fgtp_pass")
 
 _WEIGHTS = 6
+
+
+# Matmuls of [2048, 2048] between two collectives. A layer of a dense decoder has some 12 to 16
+# weights of hidden x hidden for its three or four messages, and the more work stands between two
+# messages, the further apart ranks arrive.
+_MATMULS_BETWEEN = 4
+
+
+_MESSAGES = 3  # of a chain
 
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -120,7 +130,7 @@ def _collective_chain(
 ) -> list[float]:
     """Seconds that one collective adds to a chain of matmuls, by repetition.
 
-    A matmul before each, as in a model: caches are cold, and ranks arrive as they do in a step.
+    Matmuls before each, as in a model: caches are cold, and ranks arrive as they do in a step.
     Where other work on the machine hides what it adds, again and again, those of a chain of the
     collective alone stand for it.
     """
@@ -129,9 +139,10 @@ def _collective_chain(
     x = _random(1, WIDTH, device=weights[0].device, dtype=weights[0].dtype)
 
     def chain(multiplying: bool, moving: bool) -> None:
-        row, moved = x, data
-        for weight in weights:
-            row = _linear(row, weight) if multiplying else row
+        row, moved, each = x, data, cycle(weights)
+        for _ in range(_MESSAGES):
+            for weight in islice(each, _MATMULS_BETWEEN if multiplying else 0):
+                row = _linear(row, weight)
             if moving:
                 moved[:1] = row
                 moved = _move(members, kind, moved, tokens)
@@ -139,7 +150,7 @@ def _collective_chain(
     for _ in range(_TRIES):
         alone = statistics.median(_times(group, lambda: chain(True, False)))
         together = _times(group, lambda: chain(True, True))
-        added = [max(0.0, (seconds - alone) / len(weights)) for seconds in together]
+        added = [max(0.0, (seconds - alone) / _MESSAGES) for seconds in together]
         if statistics.median(added) > 0:
             return added
     if group.rank == 0:
@@ -149,7 +160,7 @@ def _collective_chain(
             "machine is idle.",
             *(kind.value, tokens, size, _TRIES),
         )
-    return [s / len(weights) for s in _times(group, lambda: chain(False, True))]
+    return [s / _MESSAGES for s in _times(group, lambda: chain(False, True))]
 
 
 def _move(

@@ -37,6 +37,7 @@ RANKS_PER_NODE = Symbol("ranks_per_node", positive=True)
 
 # the component, summed over its sites
 MATMULS = _symbol("matmuls")  # matmuls in one step
+MATRICES = _symbol("matrices")  # weights of these
 ELEMENTS = _symbol("elements")  # elements of their weights, unsharded
 ELEMENT_BYTES = _symbol("element_bytes")  # bytes of one of them
 ROW_BYTES = _symbol("row_bytes")  # bytes of a row of its lookup tables
@@ -152,11 +153,25 @@ def collectives_seconds() -> Expr:
     return Piecewise((sympy.Integer(0), Eq(GROUP, 1)), (total, True))
 
 
+def gathering_seconds() -> Expr:
+    """Seconds to gather a component's weights; 0 for a group of one.
+
+    One all_gather for each weight, to which a rank brings its part of the weight. A step in which
+    weights move in place of tokens takes this, and its matmuls are those of whole weights and own
+    tokens. A gather is not taken to be hidden, though it runs beside the matmul before.
+    """
+    own_part = ELEMENTS * ELEMENT_BYTES / GROUP
+    sent = sent_bytes(Collective.ALL_GATHER, own_part, GROUP)
+    total = collective_seconds(Collective.ALL_GATHER, MATRICES, sent, GROUP)
+    return Piecewise((sympy.Integer(0), Eq(GROUP, 1)), (total, True))
+
+
 # Seconds of a component in one step: whole on every rank, and cut over its group, where each rank
 # sees the tokens of all but only its part of the weights.
 WHOLE_SECONDS: Expr = matmul_seconds(TOKENS, sympy.Integer(1)) + lookup_seconds(TOKENS)
 COMPUTING_SECONDS: Expr = matmul_seconds(GROUP * TOKENS, GROUP) + lookup_seconds(GROUP * TOKENS)
 COLLECTIVES_SECONDS: Expr = collectives_seconds()
+GATHERING_SECONDS: Expr = gathering_seconds()
 SHARDED_SECONDS: Expr = COMPUTING_SECONDS + COLLECTIVES_SECONDS
 CHANGE_SECONDS: Expr = SHARDED_SECONDS - WHOLE_SECONDS
 

@@ -9,6 +9,7 @@ from sympy import Expr, Symbol
 
 from fgtp_pass.algebra.placement import Collective
 from fgtp_pass.cost import formulas, layout_formulas
+from fgtp_pass.cost.component_seconds import component_seconds
 from fgtp_pass.cost.estimate import Cluster
 from fgtp_pass.cost.hardware import Hardware
 from fgtp_pass.cost.model_summary import AttentionKind, ModelSummary, Weights
@@ -110,6 +111,13 @@ class Deployment:
         return component_shapes(self.summary.plan, self.summary.dtype, self.load.scheme)
 
     @cached_property
+    def joined(self) -> dict[str, ComponentShape]:
+        """The components whose sites share stretches where both have one size."""
+        if self.summary.joined is None:
+            return {}
+        return component_shapes(self.summary.joined, self.summary.dtype, self.load.scheme)
+
+    @cached_property
     def cache_bytes(self) -> float:
         """Bytes of one element of the KV cache."""
         return cache_element_bytes(self.summary.dtype, self.load.cache_dtype)
@@ -166,15 +174,17 @@ class Deployment:
             formulas.TOKENS: tokens,
         }
         found = dict.fromkeys(PARTS, 0.0)
+        rows = {
+            name: mine if shape.outputs(self.summary.vocabulary) else tokens
+            for name, shape in self.shapes.items()
+        }
         cluster = self.cluster(layout)
-        for name, shape in self.shapes.items():
-            size = layout.sizes.get(name, 1)
-            rows = mine if shape.outputs(self.summary.vocabulary) else tokens
-            for part, expression in (
-                ("dense matmuls", formulas.COMPUTING_SECONDS),
-                ("fine-grained collectives", formulas.COLLECTIVES_SECONDS),
-            ):
-                found[part] += cluster.seconds(expression, shape, size, rows, scale)
+        by_component = component_seconds(
+            self.shapes, self.joined, cluster, layout.sizes, rows, scale
+        )
+        for seconds in by_component.values():
+            found["dense matmuls"] += seconds.computing
+            found["fine-grained collectives"] += seconds.moving
         for part, expression, own in self._priced():
             merged = {**values, **own}
             for symbol, factor in (scale or {}).items():

@@ -5,6 +5,9 @@ from pydantic import BaseModel, ConfigDict
 from fgtp_pass.cost.quantization import Precision, Scheme, precision
 from fgtp_pass.plan.plan import Plan
 
+# whose sites share stretches, and save a message each, where both have one size
+JOINED = ("oproj", "mlp")
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,7 +107,8 @@ class ModelSummary(_Frozen):
     attention: what its layers keep and read. cache_assumed: why `attention` is taken from the
     config and not from the model itself, or None. latent: whether all heads share a latent (MLA).
     attention_heads, kv_heads: what tensor parallelism cuts (0 for a model without attention).
-    plan: the sites of all its components (at two ranks; the size does not matter to costs).
+    plan: the sites of all its components (at two ranks; the size does not matter to costs), each by
+    itself. joined: those of `JOINED` where they share stretches, None if none do.
     linears, replicated: matmul weights that no component has; the latter, such as routers and
     projections into a latent, are whole on every rank of tensor parallelism. vectors: elements of
     all else. scheme, cache_dtype: what the checkpoint declares.
@@ -131,6 +135,7 @@ class ModelSummary(_Frozen):
     draft: DraftLayers | None = None
     keys: tuple[ComponentKey, ...]
     plan: Plan
+    joined: Plan | None = None
 
     def cache_bytes(
         self, context: int, element_bytes: float, tensor_parallel_size: int = 1, draft: bool = False

@@ -14,6 +14,8 @@ from fgtp_pass.plan.plan import Plan, Site, WeightCut, itemsize
 
 # left in the model's dtype by every scheme
 _NOT_QUANTIZED = ("embedding", "lmhead")
+# in vLLM computed by an op of its own, which takes shards
+_NOT_GATHERED = ("sharedexpert",)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class ComponentShape:
         moved = [m for s in self.sites for m in zip(s.collectives, s.widths, strict=True)]
         found: dict[Symbol, Any] = {
             formulas.MATMULS: sum(len(site.cuts) for site in self._matmul_sites),
+            formulas.MATRICES: len(self._matrices),
             formulas.ELEMENTS: sum(math.prod(w.shape) for w in self._matrices),
             formulas.ELEMENT_BYTES: self.precision.element_bytes,
             formulas.ROW_BYTES: sum(site.widths[-1] for site in lookups),
@@ -79,6 +82,14 @@ class ComponentShape:
     @cached_property
     def _matrices(self) -> tuple[WeightCut, ...]:
         return tuple(w for site in self._matmul_sites for w in site.weights if len(w.shape) == 2)
+
+    @cached_property
+    def may_gather(self) -> bool:
+        """Whether a step may move its weights in place of tokens: matmuls, not quantised."""
+        plain = self.precision.element_bytes == itemsize(self.dtype)
+        return (
+            plain and self.component not in _NOT_GATHERED and not self._values[formulas.ROW_BYTES]
+        )
 
     def outputs(self, width: int) -> bool:
         """Whether it is a matmul with this many outputs: a head, which sees last tokens only."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fgtp_pass import dynamo
-from fgtp_pass.cost.model_summary import ComponentKey, ModelSummary
+from fgtp_pass.cost.model_summary import JOINED, ComponentKey, ModelSummary
 from fgtp_pass.dry_run.make_plan import make_plan
 from fgtp_pass.dry_run.trace import trace
 from fgtp_pass.errors import ConfigError, FgtpError, first_line
@@ -20,6 +20,8 @@ from fgtp_pass.models.meta_model import build
 from fgtp_pass.models.model_weights import draft_layers, other_weights
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan.plan import Plan, merge
+from fgtp_pass.plan.planner import PlannedGraph, plan_graph
+from fgtp_pass.plan.prices import Prices
 
 _TRACED_RANKS = 2  # any size > 1: neither sites nor paths depend on it
 
@@ -35,7 +37,7 @@ def trace_summary(name: str, config: Mapping[str, Any], progress: Progress) -> M
     progress("building the model without weights")
     model = build(config)
     stack = find_layers(model)
-    plan = plan_model(model, progress)
+    plan, joined = plan_model(model, progress)
     progress("reading what its layers keep of a sequence")
     kinds, assumed = attention_kinds(model, stack)
     text: Any = model.config
@@ -73,32 +75,43 @@ def trace_summary(name: str, config: Mapping[str, Any], progress: Progress) -> M
             for p in BUILTIN
         ),
         plan=plan,
+        joined=joined,
     )
 
 
-def plan_model(model: nn.Module, progress: Progress = lambda _: None) -> Plan:
+def plan_model(model: nn.Module, progress: Progress = lambda _: None) -> tuple[Plan, Plan | None]:
     """The plan of all components over two ranks, each kind of layer traced once.
 
-    Its sites share no stretch: the cost model prices each component by itself, on or off. Raises
-    ConfigError where Dynamo cannot trace the model, or finds nothing to plan.
+    Its sites share no stretch, as each component may be on or off. Also that of `JOINED` in one
+    size, where sites that touch share stretches; None if none do. Raises ConfigError where Dynamo
+    cannot trace the model, or finds nothing to plan.
     """
     stack = find_layers(model)
     with as_config_errors():
         if stack is None:
-            return _plan_apart(model)
+            return _plans(model)
         progress(f"tracing {len(stack.traced)} of {len(stack.layers)} layers")
         with stack.only(stack.traced):
-            traced = _plan_apart(model)
-    return expand(traced, stack)
+            plan, joined = _plans(model)
+    return expand(plan, stack), None if joined is None else expand(joined, stack)
 
 
-def _plan_apart(model: nn.Module) -> Plan:
+def _plans(model: nn.Module) -> tuple[Plan, Plan | None]:
     torch.compiler.reset()
     sizes = {pattern.component: _TRACED_RANKS for pattern in BUILTIN}
-    traced = trace(model, (), decode_call(), sizes, _TRACED_RANKS, (), joins=False)
-    plan = merge(planned.plan for _, planned in traced)
-    assert plan is not None
-    return plan
+    traced = trace(model, (), decode_call(), sizes, _TRACED_RANKS, ())
+    graphs = [planned for _, planned in traced]
+    apart = merge(_again(graph, sizes, joins=False).plan for graph in graphs)
+    assert apart is not None
+    pair = [_again(graph, dict.fromkeys(JOINED, _TRACED_RANKS)) for graph in graphs]
+    shares = any(graph.beside or graph.behind for graph in pair)
+    return apart, merge(graph.plan for graph in pair) if shares else None
+
+
+def _again(planned: PlannedGraph, sizes: Mapping[str, int], joins: bool = True) -> PlannedGraph:
+    """The graph planned with other sizes."""
+    by = Prices(by_range=True)
+    return plan_graph(planned.detection, sizes, _TRACED_RANKS, prices=by, joins=joins)
 
 
 def traced_plan(model: nn.Module, size: int) -> Plan:

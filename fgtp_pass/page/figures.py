@@ -13,6 +13,7 @@ from fgtp_pass.cost.commands import ASCEND, vllm_quantization
 from fgtp_pass.cost.hardware import Hardware, load, profiles
 from fgtp_pass.cost.layout import NO_LIMIT, PARTS, Deployment
 from fgtp_pass.cost.links import Link
+from fgtp_pass.cost.model_summary import JOINED
 from fgtp_pass.cost.quantization import SCHEMES, Scheme
 from fgtp_pass.cost.report import Report
 from fgtp_pass.cost.shape import ComponentShape
@@ -71,6 +72,7 @@ def page_data(report: Report) -> dict[str, Any]:
         "usable_share": deployment.usable_share,
         "no_limit": NO_LIMIT,
         "components": [_component(name, report, schemes) for name in report.shapes],
+        "joined": list(JOINED),
         "tied": [list(names) for names in tied(report.shapes)],
         "kinds": [_kind(deployment, kind) for kind in summary.attention],
         "schemes": {
@@ -157,11 +159,9 @@ def _across(kind: str, gigabits: float) -> dict[str, dict[str, float]]:
 
 
 def _component(name: str, report: Report, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
-    shape = report.shapes[name]
+    shape, joined = report.shapes[name], report.deployment.joined.get(name)
     keys = {known.component: known.config_key for known in report.summary.keys}
     under = {scheme: replace(shape, scheme=one) for scheme, one in schemes.items()}
-    values = _named(shape.values())
-    del values[str(formulas.ELEMENT_BYTES)]
     return {
         "name": name,
         "key": keys.get(name, name),
@@ -169,16 +169,25 @@ def _component(name: str, report: Report, schemes: Mapping[str, Scheme | None]) 
         "sites": len(shape.sites),
         "messages": sum(len(site.collectives) for site in shape.sites),
         "sees_last_tokens": shape.outputs(report.summary.vocabulary),
-        "values": values,
+        "values": _unscaled(shape),
+        "joined": _unscaled(joined) if joined else None,
         "precision": {
             scheme: {
                 "element_bytes": one.precision.element_bytes,
                 "dtype": one.precision.matmul_dtype,
+                "may_gather": one.may_gather,
             }
             for scheme, one in under.items()
         },
         "weights": _weights(shape, under),
     }
+
+
+def _unscaled(shape: ComponentShape) -> dict[str, float]:
+    """The numbers of its symbols, but for what the scheme decides."""
+    values = _named(shape.values())
+    del values[str(formulas.ELEMENT_BYTES)]
+    return values
 
 
 def _weights(shape: ComponentShape, under: Mapping[str, ComponentShape]) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ EXPRESSIONS: Mapping[str, Expr] = {
     "changeSeconds": formulas.CHANGE_SECONDS,
     "computingSeconds": formulas.COMPUTING_SECONDS,
     "collectivesSeconds": formulas.COLLECTIVES_SECONDS,
+    "wholeSeconds": formulas.WHOLE_SECONDS,
+    "gatheringSeconds": formulas.GATHERING_SECONDS,
     "movedBytes": formulas.MOVED_BYTES,
     "linearsSeconds": layout_formulas.LINEARS_SECONDS,
     "attentionSeconds": layout_formulas.ATTENTION_SECONDS,

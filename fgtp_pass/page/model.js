@@ -20,15 +20,16 @@ function hardwareValues(state, dtype, scale = {}) {
   return values;
 }
 
-/** The numbers of all symbols of a component, for a data-parallel rank of `cut` devices. */
-function componentValues(state, component, layout, size, tokens, scale) {
+/** The numbers of all symbols of a component, for a data-parallel rank of `cut` devices. Its own
+    values are those of its sites by themselves, or joined. */
+function componentValues(state, component, layout, size, tokens, scale, own = component.values) {
   const kept = component.precision[state.weights];
   const perNode = Math.max(1, Math.floor(state.node / layout.cut));
   return {
     ...hardwareValues(state, kept.dtype, scale),
-    ...component.values,
-    elements: component.values.elements / layout.cut,
-    all_to_all_width: component.values.all_to_all_width / layout.cut,
+    ...own,
+    elements: own.elements / layout.cut,
+    all_to_all_width: own.all_to_all_width / layout.cut,
     element_bytes: kept.element_bytes,
     ranks_per_node: Math.min(perNode, layout.ranks),
     group: size,
@@ -90,12 +91,9 @@ function partsOf(state, layout, sequences, { prefill = false, scale = {} } = {})
     tokens,
   };
   const found = Object.fromEntries(DATA.parts.map((part) => [part, 0]));
-  for (const component of DATA.components) {
-    const rows = component.sees_last_tokens ? mine : tokens;
-    const size = layout.sizes[component.name] || 1;
-    const all = componentValues(state, component, layout, size, rows, scale);
-    found["dense matmuls"] += FORMULAS.computingSeconds(all);
-    found["fine-grained collectives"] += FORMULAS.collectivesSeconds(all);
+  for (const [computing, moving] of componentSeconds(state, layout, mine, tokens, scale)) {
+    found["dense matmuls"] += computing;
+    found["fine-grained collectives"] += moving;
   }
   const linears = { ...values, ...hardwareValues(state, scheme.linears_dtype, scale) };
   found["dense matmuls"] += FORMULAS.linearsSeconds(linears);
@@ -114,6 +112,29 @@ function partsOf(state, layout, sequences, { prefill = false, scale = {} } = {})
     found["tensor parallelism"] += (layout.stages - 1) * hopSeconds(state, tokens, scale);
   }
   return found;
+}
+
+/** Of each component what it computes and what it moves, in seconds, along the fastest of the ways
+    that this software takes: tokens or weights by site, or tokens through joined sites. */
+function componentSeconds(state, layout, sequences, tokens, scale) {
+  const seconds = (component, own, mayGather) => {
+    const rows = component.sees_last_tokens ? sequences : tokens;
+    const size = layout.sizes[component.name] || 1;
+    const all = componentValues(state, component, layout, size, rows, scale, own);
+    const tokensMove = [FORMULAS.computingSeconds(all), FORMULAS.collectivesSeconds(all)];
+    if (!mayGather) return tokensMove;
+    const weightsMove = [FORMULAS.wholeSeconds(all), FORMULAS.gatheringSeconds(all)];
+    return sum(weightsMove) < sum(tokensMove) ? weightsMove : tokensMove;
+  };
+  const apart = DATA.components.map((component) =>
+    seconds(component, component.values, component.precision[state.weights].may_gather),
+  );
+  const [size, ...others] = DATA.joined.map((name) => layout.sizes[name] || 1);
+  if (size === 1 || others.some((other) => other !== size)) return apart;
+  const joined = DATA.components.map((component, i) =>
+    component.joined ? seconds(component, component.joined, false) : apart[i],
+  );
+  return sum(joined.flat()) < sum(apart.flat()) ? joined : apart;
 }
 
 /** Seconds to hand tokens on to the next pipeline stage. */
