@@ -3,8 +3,8 @@
 Of a whole model on eight devices of one node, all four components over eight data-parallel ranks.
 "before": each site by itself, tokens move whatever their number; "after": sites that touch share
 stretches, and each takes the path with the smallest predicted time. "fgtp plan" is what the planner
-says, which prices components and not paths. Nothing is measured here: all figures are predictions of
-the cost model (docs/cost-model.md), for devices that it has profiles of.
+says, which prices components and not paths. Nothing is measured here: all figures are predictions
+of the cost model (docs/cost-model.md), for devices that it has profiles of.
 """
 
 from collections import Counter

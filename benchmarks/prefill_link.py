@@ -97,9 +97,10 @@ def _at(count: int, repetitions: int, hardware: Hardware, profile: str) -> dict[
         planned.append(plan_graph(*args, prices=PRICES.get(name, prices), joins=joins))
         return planned[-1]
 
-    for name in VARIANTS:
+    for i, name in enumerate(VARIANTS):
         model = build(SHAPE, torch.float32)
-        options = {"finegrained_tp_config": SIZES, "timeout_seconds": 600}
+        # Dynamo would run one graph for all models with the same options
+        options = {"finegrained_tp_config": SIZES, "timeout_seconds": 600 + i}
         if name == "time":
             options |= {"decode_batch": 1, "hardware": profile}
         given = {} if name == "dp" else {"backend": fgtp_pass.fgtp_backend, "options": options}
@@ -109,7 +110,10 @@ def _at(count: int, repetitions: int, hardware: Hardware, profile: str) -> dict[
             logits[name] = steps[name]().logits
     errors = {name: difference(logits[name], logits["dp"]) for name in VARIANTS[1:]}
     assert max(errors.values()) < 1e-4, errors
+    compiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiles >= len(VARIANTS), "each has a graph of its own"
     times = interleave(steps, repetitions, 1, dist.barrier)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiles, "recompiled"
     seconds = path_seconds(Cluster(hardware, 2, 2))
     taken = planned[-1].at(planned[-1].traced).sites
     added = sum(seconds(site.path, count, 2, "float32") for site in taken)

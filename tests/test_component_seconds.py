@@ -1,4 +1,4 @@
-"""Layouts are priced along the ways that the pass takes: joined sites, weights in place of tokens."""
+"""Layouts are priced as the pass runs them: joined sites, weights in place of tokens."""
 
 from typing import Any
 

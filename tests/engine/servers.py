@@ -105,6 +105,9 @@ def serving(
         if answers:
             served.wait_until_up()
         yield served
+    except BaseException:
+        print(f"--- {served.log}\n{served.log.read_text()[-20000:]}")
+        raise
     finally:
         process.kill()
         here.close()
