@@ -60,6 +60,16 @@ FOUND = {
     "pooled pairs, one of them": Case(
         Program(layers=(Layer(tokens="mean of pairs"),)), dynamic=True, calls=(((1, 2),) * 3,)
     ),
+    "pooled pairs, none of them": Case(
+        Program(
+            layers=(
+                Layer(attention=None, ffn=None, tokens="mean of pairs"),
+                Layer(attention=Attention(), ffn=None),
+            )
+        ),
+        ranks=2,
+        calls=(((1, 1), None, None),),
+    ),
     "a buffer of one number changes": Case(
         Program(embedding=Embedding(write="buffer"), layers=(Layer(),)),
         ranks=2,

@@ -177,7 +177,7 @@ def _move(
     elif kind is Collective.ALL_TO_ALL:
         moved = functional.all_to_all(run, group, everyones, tokens)
     elif kind is Collective.ALL_REDUCE:
-        moved = functional.all_reduce(run, group, everyones, everyones.shape[0]) / group.size
+        moved = functional.all_reduce(run, group, everyones, *everyones.shape) / group.size
     else:
         own = functional.reduce_scatter(run, group, everyones, tokens, WIDTH)
         moved = everyones

@@ -45,13 +45,13 @@ def reduce_scatter(emit: Emit, group: ComponentGroup, x: Any, rows: Any, feature
     return wait(emit, emit(name, x, "sum", group.size, group.name))
 
 
-def all_reduce(emit: Emit, group: ComponentGroup, x: Any, rows: Any) -> Any:
+def all_reduce(emit: Emit, group: ComponentGroup, x: Any, rows: Any, features: int) -> Any:
     """Sum [rows, features] -> All [rows, features].
 
     Between two ranks over gloo an all_gather and a local sum send as many bytes, and sooner.
     """
     if group.sums_by_exchange and group.size == 2:
-        parts = emit(torch.reshape, all_gather(emit, group, x), (2, rows, -1))
+        parts = emit(torch.reshape, all_gather(emit, group, x), (2, rows, features))
         return emit(torch.sum, parts, 0)
     return wait(emit, emit(_FUNCTIONAL.all_reduce.default, x, "sum", group.name))
 

@@ -167,13 +167,13 @@ class SiteLowering:
         self, move: Move, now: Values, rows: Any, residual: Any, dtype: torch.dtype | None
     ) -> Values:
         emit, group = self.emit, self.group
+        widths = [weight.out_features for weight in _weights_of(self.site.match.stages[-1])]
         if move.target is Placement.ALL:
             carried = residual if RESIDUAL in move.carries else None
             given = value_of(self.site.match.outputs[0]).dtype
-            (x,) = now.values
-            sums = [moves.sum_to_all(emit, group, x, rows, given, dtype or given, carried)]
+            (x,), (width,) = now.values, widths
+            sums = [moves.sum_to_all(emit, group, x, rows, width, given, dtype or given, carried)]
         else:
-            widths = [weight.out_features for weight in _weights_of(self.site.match.stages[-1])]
             sums = moves.sum_to_own(emit, group, now.values, rows, widths)
         return Values(
             tuple(

@@ -98,14 +98,15 @@ def sum_to_all(
     group: ComponentGroup,
     x: Any,
     rows: Any,
+    features: int,
     given: torch.dtype,
     wanted: torch.dtype,
     residual: Any = None,
 ) -> Any:
-    """Partial sums [k*rows, W] of dtype `given` -> sums of dtype `wanted` on every rank.
+    """Partial sums [k*rows, features] of dtype `given` -> sums of dtype `wanted` on every rank.
 
-    residual: [rows, W] of this rank's tokens, of dtype `given`, added to them. Half precision is
-    added in fp32 and rounded once, the residual included.
+    residual: [rows, features] of this rank's tokens, of dtype `given`, added to them. Half precision
+    is added in fp32 and rounded once, the residual included.
     """
     wide = torch.float32 if wanted.itemsize < 4 else wanted
     partial = x if given is wide else emit(torch.Tensor.to, x, wide)
@@ -114,7 +115,7 @@ def sum_to_all(
         before = _times(emit, rows, group.rank)
         after = _times(emit, rows, group.size - 1 - group.rank)
         partial = emit(torch.add, partial, emit(F.pad, own, (0, 0, before, after)))
-    whole = functional.all_reduce(emit, group, partial, _times(emit, rows, group.size))
+    whole = functional.all_reduce(emit, group, partial, _times(emit, rows, group.size), features)
     return whole if wide is wanted else emit(torch.Tensor.to, whole, wanted)
 
 
