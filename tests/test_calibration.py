@@ -60,10 +60,11 @@ def test_a_busy_machine_is_measured_again_and_then_told(
     def chain() -> list[float]:
         return measure._collective_chain(group, Collective.ALL_GATHER, 2, 4, weights)  # type: ignore[arg-type]
 
-    given[:] = [5.0, 4.0, 5.0, 6.0]  # matmuls alone, and with the collective; then again
+    # matmuls alone, and with three of the collective; then again
+    given[:] = [5.0, 4.0, 5.0, 8.0]
     assert chain() == [1.0] * 3
     assert not caplog.messages
-    given[:] = [5.0, 4.0] * 3 + [0.5]
+    given[:] = [5.0, 4.0] * 3 + [1.5]
     assert chain() == [0.5] * 3
     assert "an all_gather of 4 rows over 2 ranks" in caplog.text
     times = {(Collective.ALL_GATHER, 2, n): [0.5] * 3 for n in (4, 32)}
