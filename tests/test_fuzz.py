@@ -35,6 +35,11 @@ FOUND = {
         contract="ragged",
         calls=(((1, 1), (2, 3), None),),
     ),
+    "two heads, the second of them behind the table": Case(
+        Program(layers=(), head=Head(reads="last"), extra="second head", second=Head(reads="all")),
+        ranks=2,
+        calls=((None, (2, 5), None),),
+    ),
     "flat up, a batch of one on one rank": Case(
         Program(
             layers=(Layer(attention=None, ffn=Ffn(up=Matmul(spelling="flat"))),),

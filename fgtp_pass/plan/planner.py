@@ -209,7 +209,7 @@ def _planned_sites(
     between = {link.second: link for link in choice.behind}
     of_component = {name: one for names, one in ranges.items() for name in names}
     planned = []
-    for match in cuts:
+    for match in filter(cuts.__contains__, detection.matches):  # in graph order
         site = make_site(
             match.component,
             tuple(cuts[match].values()),

@@ -105,8 +105,8 @@ def sum_to_all(
 ) -> Any:
     """Partial sums [k*rows, features] of dtype `given` -> sums of dtype `wanted` on every rank.
 
-    residual: [rows, features] of this rank's tokens, of dtype `given`, added to them. Half precision
-    is added in fp32 and rounded once, the residual included.
+    residual: [rows, features] of this rank's tokens, of dtype `given`, added to them. Half
+    precision is added in fp32 and rounded once, the residual included.
     """
     wide = torch.float32 if wanted.itemsize < 4 else wanted
     partial = x if given is wide else emit(torch.Tensor.to, x, wide)
