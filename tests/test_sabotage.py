@@ -32,7 +32,7 @@ def _without(collective: str, components: str) -> dict[str, Any]:
     def local_scatter(emit: Any, group: Any, x: Any, rows: Any, features: int) -> Any:
         return emit(torch.narrow, x, 0, 0, rows)
 
-    def local_reduce(emit: Any, group: Any, x: Any, rows: Any) -> Any:
+    def local_reduce(emit: Any, group: Any, x: Any, rows: Any, features: int) -> Any:
         return emit(torch.clone, x)
 
     fakes = {
