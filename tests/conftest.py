@@ -28,6 +28,14 @@ def ranks() -> Iterator[Pools]:
     pools.close()
 
 
+@pytest.fixture(scope="module")
+def kept_summaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is found of a model is kept for all modules of a worker, and not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FGTP_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "summaries"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> None:
     torch._dynamo.reset()

@@ -11,14 +11,9 @@ from fgtp_pass.cost.model_summary import ModelSummary
 from fgtp_pass.cost.quantization import SCHEMES
 from fgtp_pass.models.summarize import summarize
 
+pytestmark = pytest.mark.usefixtures("kept_summaries")
+
 MOVING = "fine-grained collectives"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FGTP_CACHE_DIR", str(tmp_path_factory.mktemp("components")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +49,6 @@ def test_sizes_that_differ_are_not_joined(llama: ModelSummary) -> None:
 
 def test_a_prefill_moves_plain_weights_and_quantised_ones_never(llama: ModelSummary) -> None:
     sizes = layout(mlp=8)
-    seconds: dict[str, dict[str, float]] = {}
     for scheme in (None, SCHEMES["fp8"]):
         deployment = of(llama, scheme=scheme)
         shape, cluster = deployment.shapes["mlp"], deployment.cluster(sizes)

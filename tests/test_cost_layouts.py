@@ -23,14 +23,9 @@ from fgtp_pass.models.summarize import summarize
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("kept_summaries")
+
 GIB = 2**30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FGTP_CACHE_DIR", str(tmp_path_factory.mktemp("layouts")))
-        yield
 
 
 @pytest.fixture(scope="module")

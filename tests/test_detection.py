@@ -61,16 +61,12 @@ def assert_expected(name: str, plan: Plan, on: tuple[str, ...] = zoo.COMPONENTS)
     assert weights_by_component(plan) == expected
 
 
-# biases or none, fused and separate projections, latents, shared experts; the others: see below
-OPT_IN = ("llama", "gpt2", "falcon", "qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4")
-
-
 @pytest.mark.parametrize("name", architectures())
 def test_sites_and_reasons(name: str) -> None:
     check_plan(name, (*zoo.COMPONENTS, *zoo.OPT_IN))
 
 
-@pytest.mark.parametrize("name", typical(OPT_IN))
+@pytest.mark.parametrize("name", typical())
 def test_what_is_opt_in_is_off(name: str) -> None:
     check_plan(name, zoo.COMPONENTS)
 

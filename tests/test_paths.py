@@ -85,8 +85,7 @@ def _compare(name: str, seeds: range, tokens: str, k: int) -> tuple[float, list[
     ],
 )
 def test_drawn_paths_on_two_ranks(ranks: Pools, name: str, tokens: str) -> None:
-    seed = int(tokens == "ragged")  # an odd one draws paths that gather weights, too
-    for worst, taken in ranks(2).run(_compare, name, range(seed, seed + 1), tokens, 2):
+    for worst, taken in ranks(2).run(_compare, name, range(2), tokens, 2):
         assert worst <= 1e-5, taken
 
 

@@ -79,8 +79,10 @@ def test_the_check_can_be_turned_off(ranks: Pools) -> None:
     assert max(ranks(2).run(_check_off)) < 1e-5
 
 
-# llama, gpt2 and phi: see test_token_ranges
-@pytest.mark.parametrize("name", typical(("deepseek_v3", "qwen3"), "deepseek_v3"))
+RAGGED = ("llama", "gpt2", "phi", "deepseek_v3", "qwen3")
+
+
+@pytest.mark.parametrize("name", typical(RAGGED, "gpt2", "deepseek_v3"))
 def test_ragged_batches_and_lengths(ranks: Pools, name: str) -> None:
     results = ranks(2).run(
         compare_with_unsharded, name, sizes(2), tokens="ragged", lengths=(5, 8), steps=2

@@ -20,8 +20,7 @@ from fgtp_pass.models.meta_model import build
 from fgtp_pass.models.model_weights import draft_layers, other_weights
 from fgtp_pass.patterns import BUILTIN
 from fgtp_pass.plan.plan import Plan, merge
-from fgtp_pass.plan.planner import PlannedGraph, plan_graph
-from fgtp_pass.plan.prices import Prices
+from fgtp_pass.plan.planner import plan_graph
 
 _TRACED_RANKS = 2  # any size > 1: neither sites nor paths depend on it
 
@@ -99,19 +98,13 @@ def plan_model(model: nn.Module, progress: Progress = lambda _: None) -> tuple[P
 def _plans(model: nn.Module) -> tuple[Plan, Plan | None]:
     torch.compiler.reset()
     sizes = {pattern.component: _TRACED_RANKS for pattern in BUILTIN}
-    traced = trace(model, (), decode_call(), sizes, _TRACED_RANKS, ())
-    graphs = [planned for _, planned in traced]
-    apart = merge(_again(graph, sizes, joins=False).plan for graph in graphs)
+    traced = trace(model, (), decode_call(), sizes, _TRACED_RANKS, (), joins=False)
+    apart = merge(graph.plan for _, graph in traced)
     assert apart is not None
-    pair = [_again(graph, dict.fromkeys(JOINED, _TRACED_RANKS)) for graph in graphs]
-    shares = any(graph.beside or graph.behind for graph in pair)
-    return apart, merge(graph.plan for graph in pair) if shares else None
-
-
-def _again(planned: PlannedGraph, sizes: Mapping[str, int], joins: bool = True) -> PlannedGraph:
-    """The graph planned with other sizes."""
-    by = Prices(by_range=True)
-    return plan_graph(planned.detection, sizes, _TRACED_RANKS, prices=by, joins=joins)
+    pair = dict.fromkeys(JOINED, _TRACED_RANKS)
+    joined = [plan_graph(graph.detection, pair, _TRACED_RANKS) for _, graph in traced]
+    shares = any(graph.beside or graph.behind for graph in joined)
+    return apart, merge(graph.plan for graph in joined) if shares else None
 
 
 def traced_plan(model: nn.Module, size: int) -> Plan:

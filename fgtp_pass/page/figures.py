@@ -13,7 +13,6 @@ from fgtp_pass.cost.commands import ASCEND, vllm_quantization
 from fgtp_pass.cost.hardware import Hardware, load, profiles
 from fgtp_pass.cost.layout import NO_LIMIT, PARTS, Deployment
 from fgtp_pass.cost.links import Link
-from fgtp_pass.cost.model_summary import JOINED
 from fgtp_pass.cost.quantization import SCHEMES, Scheme
 from fgtp_pass.cost.report import Report
 from fgtp_pass.cost.shape import ComponentShape
@@ -72,7 +71,6 @@ def page_data(report: Report) -> dict[str, Any]:
         "usable_share": deployment.usable_share,
         "no_limit": NO_LIMIT,
         "components": [_component(name, report, schemes) for name in report.shapes],
-        "joined": list(JOINED),
         "tied": [list(names) for names in tied(report.shapes)],
         "kinds": [_kind(deployment, kind) for kind in summary.attention],
         "schemes": {
@@ -169,8 +167,8 @@ def _component(name: str, report: Report, schemes: Mapping[str, Scheme | None]) 
         "sites": len(shape.sites),
         "messages": sum(len(site.collectives) for site in shape.sites),
         "sees_last_tokens": shape.outputs(report.summary.vocabulary),
-        "values": _unscaled(shape),
-        "joined": _unscaled(joined) if joined else None,
+        "values": _sums(shape),
+        "joined": _sums(joined) if joined else None,
         "precision": {
             scheme: {
                 "element_bytes": one.precision.element_bytes,
@@ -183,8 +181,8 @@ def _component(name: str, report: Report, schemes: Mapping[str, Scheme | None]) 
     }
 
 
-def _unscaled(shape: ComponentShape) -> dict[str, float]:
-    """The numbers of its symbols, but for what the scheme decides."""
+def _sums(shape: ComponentShape) -> dict[str, float]:
+    """Its sums over its sites, by symbol, but for what the scheme decides."""
     values = _named(shape.values())
     del values[str(formulas.ELEMENT_BYTES)]
     return values

@@ -129,8 +129,9 @@ function componentSeconds(state, layout, sequences, tokens, scale) {
   const apart = DATA.components.map((component) =>
     seconds(component, component.values, component.precision[state.weights].may_gather),
   );
-  const [size, ...others] = DATA.joined.map((name) => layout.sizes[name] || 1);
-  if (size === 1 || others.some((other) => other !== size)) return apart;
+  const touching = DATA.components.filter((component) => component.joined);
+  const [size, ...others] = new Set(touching.map(({ name }) => layout.sizes[name] || 1));
+  if ((size || 1) === 1 || others.length) return apart;
   const joined = DATA.components.map((component, i) =>
     component.joined ? seconds(component, component.joined, false) : apart[i],
   );

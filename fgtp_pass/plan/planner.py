@@ -127,11 +127,10 @@ def plan_graph(
     """
     _check_tied(detection, sizes)
     prices = prices or Prices()
-    if not joins:
-        detection = replace(detection, links=Links())
+    links = detection.links if joins else Links()
     of_size = {m: sizes[m.component] for m in detection.matches if sizes.get(m.component, 1) > 1}
-    choice, cuts = _choose(detection, of_size, in_force or {}, prices)
-    ranges = _ranges(detection, of_size, cuts, prices) if prices.by_range else {}
+    choice, cuts = _choose(detection, links, of_size, in_force or {}, prices)
+    ranges = _ranges(detection, links, of_size, cuts, prices) if prices.by_range else {}
     planned = _planned_sites(detection, choice, of_size, cuts, ranges)
     left_alone = dict(detection.left_alone)
     cut = {placeholder for site in planned for placeholder in site.cuts}
@@ -154,7 +153,11 @@ _Cuts = Mapping[Match, Mapping[fx.Node, WeightCut]]
 
 
 def _choose(
-    detection: Detection, sizes: Mapping[Match, int], in_force: Shards, prices: Prices
+    detection: Detection,
+    links: Links,
+    sizes: Mapping[Match, int],
+    in_force: Shards,
+    prices: Prices,
 ) -> tuple[Choice, _Cuts]:
     """The paths for decode, and how they cut the weights.
 
@@ -170,7 +173,7 @@ def _choose(
             if (shaped := _stage_shapes(match, size, fixed, names))
         }
         by_site = prices.by_site(prices.decode_tokens)
-        choice = choose_paths(shapes, sizes, detection.links, by_site)
+        choice = choose_paths(shapes, sizes, links, by_site)
         cuts = {match: _site_cuts(match, path, names) for match, path in choice.paths.items()}
         clash = _first_clash(cuts, sizes)
         if clash is None:
@@ -179,7 +182,7 @@ def _choose(
 
 
 def _ranges(
-    detection: Detection, sizes: Mapping[Match, int], cuts: _Cuts, prices: Prices
+    detection: Detection, links: Links, sizes: Mapping[Match, int], cuts: _Cuts, prices: Prices
 ) -> Ranges:
     """The paths for other numbers of tokens, on weights that are cut as for decode, or gathered."""
     held = {p: (cut, sizes[match]) for match, by_p in cuts.items() for p, cut in by_p.items()}
@@ -194,7 +197,7 @@ def _ranges(
             else by_tokens[match]
             for match in cuts
         }
-        return choose_paths(shapes, sizes, detection.links, prices.by_site(tokens))
+        return choose_paths(shapes, sizes, links, prices.by_site(tokens))
 
     return ranges_of(solve)
 

@@ -53,7 +53,7 @@ def main() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     with tempfile.TemporaryDirectory() as folder:
         _write_model(folder)
-        plain = _tokens(folder, enforce_eager=True)
+        plain = _tokens(folder)
         sharded = _tokens(
             folder,
             data_parallel_size=2,

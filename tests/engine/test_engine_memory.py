@@ -6,7 +6,7 @@ from engines import Answer, shared
 from marks import full
 
 WATCHED = {"FGTP_TEST_MEMORY": "1"}
-PLANNING = 80 << 20  # bytes that the trace of the plan may take, whatever the model's size
+PLANNING = 40 << 20  # bytes that the trace of the plan takes, whatever the model's size
 LARGEST = 32000 * 1024 * 4 // 2  # bytes of the largest shard, half of the embedding
 
 
