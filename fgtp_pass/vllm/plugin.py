@@ -20,16 +20,19 @@ def install() -> None:
     add_passes()  # where vLLM has loaded no platform plugins: VLLM_TARGET_DEVICE=cpu
     watch_command_lines()
     from vllm.config import ParallelConfig
+    from vllm.v1.engine.core import DPEngineCoreProc
     from vllm.v1.engine.core_client import EngineCoreClient
     from vllm.v1.executor.abstract import Executor
 
-    from fgtp_pass.vllm import lockstep
+    from fgtp_pass.vllm import lockstep, waves
 
     wrap(EngineArgs, "create_model_config", lockstep.create_model_config)
     wrap(EngineArgs, "create_engine_config", _create_engine_config)
     wrap(BaseModelLoader, "create_model", _create_model)
     wrap(CompilationConfig, "init_backend", _init_backend)
     wrap(EngineCoreClient, "make_client", _make_client)
+    wrap(DPEngineCoreProc, "_has_global_unfinished_reqs", waves.has_global_unfinished)
+    DPEngineCoreProc.set_adding = waves.set_adding
     wrap(Executor, "__init__", _init_executor)
     for message in ("has_unfinished_dp", "sync_dp_state", "sync_kv_cache_memory_size"):
         wrap(ParallelConfig, message, _between_engines)
@@ -84,9 +87,12 @@ def _make_client(
     if PASS in vllm_config.compilation_config.passes:
         check_client(vllm_config, multiprocess_mode)
     one_process = multiprocess_mode and not asyncio_mode and parallel.data_parallel_size > 1
-    spmd = parallel.data_parallel_rank_local is not None
-    if not one_process or spmd or PASS not in vllm_config.compilation_config.passes:
+    if not one_process or PASS not in vllm_config.compilation_config.passes:
         return stock(multiprocess_mode, asyncio_mode, vllm_config, *args, **kw)
+    if parallel.data_parallel_rank_local is not None:  # SPMD
+        from fgtp_pass.vllm.waves import OneRankClient
+
+        return OneRankClient(vllm_config, *args, **kw)
     from fgtp_pass.vllm.offline import AllRanksClient
 
     return AllRanksClient(vllm_config, *args, **kw)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.config import CompilationMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -46,6 +47,13 @@ class ShardedWorker(_Stock):  # type: ignore[misc]
         with self._peers.naming_the_cause("as it loaded the model"), over_shards():
             super().load_model(*args, **kwargs)
             self._part = TakingPart(self.model_runner, config)
+
+    def _should_warm_up_model(self) -> bool:
+        """On CPUs vLLM may leave it out. The graph is then traced in the first step, and vLLM
+        keeps no guards: traced by an idle rank's step of one token, it is wrong at all others.
+        """
+        traced = self.compilation_config.mode != CompilationMode.NONE
+        return traced or super()._should_warm_up_model()
 
     def determine_available_memory(self) -> Any:
         with self._peers.naming_the_cause("as it measured its memory"):

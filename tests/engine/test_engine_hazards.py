@@ -33,6 +33,18 @@ def test_a_rank_that_idles_nearly_all_the_time(
     assert_same(unsharded("llama"), engines(2)(first, second))
 
 
+def test_a_first_step_of_one_token(
+    engines: Callable[[int], Engines], checkpoint: Checkpoints, unsharded: Run
+) -> None:
+    """On all ranks. The graph of an engine that does not warm up would be traced by it."""
+    given, want = prompts(), unsharded("llama")
+    parts = {0: given[0][:1], 1: given[1], 2: given[2]}, {3: given[3][:1], 4: given[4]}
+    options = merged(shared(), {"max_num_seqs": 1})
+    first, second = engines(2)(*[Job(checkpoint("llama"), part, options) for part in parts])
+    tokens = first.tokens | second.tokens
+    assert [tokens[i] for i in (1, 2, 4)] == [want.tokens[i] for i in (1, 2, 4)]
+
+
 def test_a_rank_that_must_plan_beside_one_that_need_not(
     engines: Callable[[int], Engines], checkpoint: Checkpoints, unsharded: Run, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,36 @@ def test_vectors(engines: Any, checkpoint: Checkpoints, whole: dict[str, Any], r
             assert vector == pytest.approx(whole["vectors"][i], abs=1e-5)
         assert {component for component, _, _ in one["sites"]} == set(SHARED)
         assert one["bytes"] == whole["bytes"] - one["saved"]
+
+
+def _embed_slowly(llm: Any, job: Job) -> dict[str, Any]:
+    """What is added is done long before the next is added."""
+    engine = llm.llm_engine
+    stock = engine.add_request
+
+    def add_request(*args: Any, **kwargs: Any) -> Any:
+        added = stock(*args, **kwargs)
+        time.sleep(1.0)
+        return added
+
+    engine.add_request = add_request
+    return _embed(llm, job)
+
+
+def test_a_rank_that_adds_its_prompts_slowly(
+    engines: Any, checkpoint: Checkpoints, whole: dict[str, Any]
+) -> None:
+    """The other has a single prompt, and does not leave before this one is through."""
+    given, options = prompts(), merged(SMALL, shared(*SHARED))
+    own = {0: {0: given[0], 1: given[1], 2: given[2]}, 1: {3: given[3]}}
+    jobs = [
+        Job(checkpoint("qwen3"), mine, options, run=run, processes="fork")
+        for mine, run in zip(own.values(), (_embed_slowly, _embed), strict=True)
+    ]
+    for mine, got in zip(own.values(), engines(2)(*jobs), strict=True):
+        assert {*got["vectors"]} == {*mine}
+        for i, vector in got["vectors"].items():
+            assert vector == pytest.approx(whole["vectors"][i], abs=1e-5)
 
 
 def test_prompts_that_are_kept_back_are_not_told(engines: Any, checkpoint: Checkpoints) -> None:
