@@ -182,8 +182,15 @@ def _import_vllm() -> None:
     with mock.patch.object(Platform, "simple_compile_backend", "eager"):
         for name in _PRELOADED:
             importlib.import_module(name)
+    from vllm.compilation.compiler_interface import get_inductor_factors
     from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
 
+    # kept in the process, or done to it for good: each engine would do it anew
+    get_inductor_factors()
+    current_platform.register_triton_kernel_overrides()
+    type(current_platform).register_triton_kernel_overrides = staticmethod(lambda: None)
+    gc.unfreeze = lambda: None  # so that no engine's end collects all that was imported
     registry._run_in_subprocess = lambda function: function()  # a process that imports vLLM
 
 
