@@ -179,9 +179,7 @@ def compile_again(module: fx.GraphModule, backend: Callable[..., Any]) -> Callab
 
     A graph that Dynamo cannot trace a second time runs as it is, with a warning.
     """
-    for node in module.graph.nodes:
-        node.target = _PYTHON.get(node.target, node.target)
-    module.recompile()
+    uncompiled = as_it_is(module)
     compiled = torch.compile(module, backend=backend, fullgraph=True)
 
     def run(*inputs: Any) -> Any:
@@ -190,10 +188,19 @@ def compile_again(module: fx.GraphModule, backend: Callable[..., Any]) -> Callab
             return compiled(*inputs)
         except torch._dynamo.exc.Unsupported as error:
             log.warning("this graph runs uncompiled, since Dynamo cannot trace it again: %s", error)
-            compiled = module.forward
+            compiled = uncompiled
             return compiled(*inputs)
 
     return run
+
+
+def as_it_is(module: fx.GraphModule) -> Callable[..., Any]:
+    """A graph that Dynamo traced before, or that was written of one, to be run op by op."""
+    for node in module.graph.nodes:
+        node.target = _PYTHON.get(node.target, node.target)
+    module.recompile()
+    forward: Callable[..., Any] = module.forward
+    return forward
 
 
 @dataclass(frozen=True)

@@ -328,8 +328,11 @@ class Runtime:
         graph = kept()
         assert graph is not None, "its parameters are those of the step"
         written = graph.write(key)
-        backend = partial(compile_inner, self.options)
-        compiled = dynamo.compile_again(written.rewritten.module, backend)
+        if self.options.inner_backend == "eager":  # runs what it is given, traced or not
+            compiled = dynamo.as_it_is(written.rewritten.module)
+        else:
+            backend = partial(compile_inner, self.options)
+            compiled = dynamo.compile_again(written.rewritten.module, backend)
         log.info("compiling a graph for another number of tokens per rank: %s", written.collectives)
         return _as_program(graph, written, compiled, [])
 
