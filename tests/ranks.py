@@ -25,7 +25,11 @@ from typing import Any
 HANG = 1200.0  # seconds; what takes a minute alone, and ten on a busy machine, hangs by then
 AFTER_AN_ERROR = 240.0  # seconds in which the other ranks of a call must end, too
 # what ranks are forked from has imported these; none of them starts a thread
-PRELOADED = ["torch._dynamo", "transformers.models.auto.modeling_auto", "transformers.cache_utils"]
+PRELOADED = [
+    *("torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.utils", "networkx"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
+    *("transformers.cache_utils", "fgtp_pass.backend.backend"),
+]
 
 
 @dataclass(frozen=True)
