@@ -52,8 +52,8 @@ class ShardedWorker(_Stock):  # type: ignore[misc]
         """On CPUs vLLM may leave it out. The graph is then traced in the first step, and vLLM
         keeps no guards: traced by an idle rank's step of one token, it is wrong at all others.
         """
-        traced = self.compilation_config.mode != CompilationMode.NONE
-        return traced or super()._should_warm_up_model()
+        stock: bool = super()._should_warm_up_model()
+        return stock or self.compilation_config.mode != CompilationMode.NONE
 
     def determine_available_memory(self) -> Any:
         with self._peers.naming_the_cause("as it measured its memory"):
