@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "VLLM_PROCESS_NAME_PREFIX": "fgtp_test",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for `probe`
     "VLLM_NO_USAGE_STATS": "1",
+    # seconds; after 5 the server would close a connection just as a rested client uses it again
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     "HF_HUB_OFFLINE": "1",
     "PYTHONFAULTHANDLER": "1",
 }
