@@ -13,8 +13,8 @@ import functools
 import time
 from typing import Any
 
-from common import Times, integers, machine, parser, ratio, report, shown, spread
-from vllm_ranks import COMPONENTS, WORLD, Engines, engines, model_folder, take_turns
+from common import integers, machine, parser, ratio, report, shown, spread
+from vllm_ranks import COMPONENTS, WORLD, Engines, model_folder, pairs, take_turns
 
 # "none" is the control: a second unsharded engine, so that it shows the benchmark's own bias
 VARIANTS = {"none": (), **{name: (name,) for name in COMPONENTS}, "all four": COMPONENTS}
@@ -35,7 +35,7 @@ def decode(engine: Any, count: int, tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def seconds_per_token(ranks: Engines, count: int) -> float:
+def seconds_per_token(count: int, ranks: Engines) -> float:
     """The TPOT of `count` requests per rank, on the slower rank."""
     short, long = (
         ranks.run(decode, [(count, tokens)] * WORLD, ANSWER_SECONDS) for tokens in (SHORT, LONG)
@@ -51,19 +51,13 @@ def main() -> None:
     arguments.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark")
     given = arguments.parse_args()
     rows, records = [], []
-    with model_folder(given.tiny) as (folder, shape), engines(folder, (), OPTIONS) as unsharded:
-        for name, components in VARIANTS.items():
-            with engines(folder, components, OPTIONS) as variant:
-                pair = {"unsharded": unsharded, name: variant}
-                for count in given.requests:
-                    steps = {
-                        key: functools.partial(seconds_per_token, one, count)
-                        for key, one in pair.items()
-                    }
-                    times = take_turns(steps, given.repetitions)
-                    records.append(record(name, count, times, variant))
-                    rows.append(row(records[-1]))
-            print(f"{name}: done", flush=True)
+    with model_folder(given.tiny) as (folder, shape):
+        for name, *both in pairs(folder, VARIANTS, OPTIONS):
+            for count in given.requests:
+                measure = functools.partial(seconds_per_token, count)
+                unsharded, this = take_turns(measure, both, given.repetitions)
+                records.append(record(name, count, unsharded, this, both[1]))
+                rows.append(row(records[-1]))
     report(
         f"vLLM, {WORLD} data-parallel ranks, fp32: TPOT of the slower rank, median [p10-p90]",
         ["requests/rank", "sharded", "unsharded ms", "this ms", "change ms", "unsharded/this",
@@ -74,16 +68,18 @@ def main() -> None:
     )  # fmt: skip
 
 
-def record(name: str, count: int, times: Times, variant: Engines) -> dict[str, Any]:
-    changes = [b - a for a, b in zip(times["unsharded"], times[name], strict=True)]
+def record(
+    name: str, count: int, unsharded: list[float], this: list[float], variant: Engines
+) -> dict[str, Any]:
+    changes = [b - a for a, b in zip(unsharded, this, strict=True)]
     return {
         "requests_per_rank": count,
         "variant": name,
-        "unsharded_milliseconds": spread(times["unsharded"]),
-        "tpot_milliseconds": spread(times[name]),
+        "unsharded_milliseconds": spread(unsharded),
+        "tpot_milliseconds": spread(this),
         "tpot_change_milliseconds": spread(changes),
-        "unsharded_over_this": ratio(times["unsharded"], times[name]),
-        "tokens_per_second_per_rank": count / spread(times[name], 1.0)["median"],
+        "unsharded_over_this": ratio(unsharded, this),
+        "tokens_per_second_per_rank": count / spread(this, 1.0)["median"],
         "weight_bytes_freed_per_rank": variant.freed,
         "resident_bytes": variant.resident,
     }

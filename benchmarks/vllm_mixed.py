@@ -17,14 +17,16 @@ import time
 from typing import Any
 
 from common import integers, machine, parser, ratio, report, shown, spread
-from vllm_ranks import COMPONENTS, WORLD, Engines, engines, model_folder, take_turns
+from vllm_ranks import COMPONENTS, WORLD, Engines, model_folder, pairs, take_turns
 
 VARIANTS: dict[str, tuple[str, ...]] = {"none": (), "all four": COMPONENTS}
 GAP = 8  # tokens of a steady request between two long prompts
 FIRST = 4  # tokens of a steady request before the first long prompt
-OPTIONS = {"max_model_len": 512, "max_num_seqs": 16, "enable_chunked_prefill": True}
-CHUNK = 64  # max_num_batched_tokens
+CHUNK = 64  # tokens of a step
+OPTIONS = {"max_model_len": 512, "max_num_seqs": 16}
+OPTIONS |= {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
 LIMIT = 600
+FIGURES = ("TTFT", "TPOT")
 
 
 def mixed(engine: Any, rank: int, steady: int, prompts: int, length: int) -> tuple[float, float]:
@@ -71,7 +73,7 @@ def mixed(engine: Any, rank: int, steady: int, prompts: int, length: int) -> tup
     return statistics.median(waits), statistics.median(per_token)
 
 
-def both(ranks: Engines, steady: int, prompts: int, length: int) -> tuple[float, float]:
+def on_the_slower(steady: int, prompts: int, length: int, ranks: Engines) -> tuple[float, float]:
     """TTFT and TPOT in seconds, each on the rank where it is longer."""
     arguments = [(rank, steady, prompts, length) for rank in range(WORLD)]
     answers = ranks.run(mixed, arguments, LIMIT)
@@ -87,42 +89,32 @@ def main() -> None:
     arguments.add_argument("--repetitions", type=int, default=7)
     arguments.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark")
     given = arguments.parse_args()
-    options = OPTIONS | {"max_num_batched_tokens": CHUNK}
-    rows, records = [], []
-    with model_folder(given.tiny) as (folder, shape), engines(folder, (), options) as unsharded:
-        for name, components in VARIANTS.items():
-            with engines(folder, components, options) as variant:
-                pair = {"unsharded": unsharded, name: variant}
-                for steady in given.steady:
-                    steps = {
-                        key: functools.partial(both, one, steady, given.prompts, given.length)
-                        for key, one in pair.items()
-                    }
-                    taken = take_turns(steps, given.repetitions)
-                    records += [record(name, steady, which, i, taken) for i, which in FIGURES]
-            print(f"{name}: done", flush=True)
-    rows = [row(one) for one in records]
+    records = []
+    with model_folder(given.tiny) as (folder, shape):
+        for name, *both in pairs(folder, VARIANTS, OPTIONS):
+            for steady in given.steady:
+                measure = functools.partial(on_the_slower, steady, given.prompts, given.length)
+                taken = take_turns(measure, both, given.repetitions)
+                for at, figure in enumerate(FIGURES):
+                    unsharded, this = ([turn[at] for turn in of_one] for of_one in taken)
+                    records.append(record(name, steady, figure, unsharded, this))
     report(
         f"vLLM, {WORLD} data-parallel ranks, fp32, prompts of {given.length} in chunks of {CHUNK}: "
         "the slower rank, median [p10-p90]",
         ["steady/rank", "sharded", "of", "unsharded ms", "this ms", "unsharded/this"],
-        rows,
+        [row(one) for one in records],
         {"benchmark": "vllm_mixed", "machine": machine(), "model": shape, "results": records},
         given.output,
     )
 
 
-FIGURES = ((0, "TTFT"), (1, "TPOT"))
-
-
 def record(
-    name: str, steady: int, which: str, at: int, taken: dict[str, list[tuple[float, float]]]
+    name: str, steady: int, figure: str, unsharded: list[float], this: list[float]
 ) -> dict[str, Any]:
-    unsharded, this = ([one[at] for one in taken[key]] for key in ("unsharded", name))
     return {
         "steady_per_rank": steady,
         "variant": name,
-        "figure": which,
+        "figure": figure,
         "unsharded_milliseconds": spread(unsharded),
         "milliseconds": spread(this),
         "unsharded_over_this": ratio(unsharded, this),

@@ -147,6 +147,17 @@ def engines(model: str, components: Sequence[str], options: Mapping[str, Any]) -
         started.end()
 
 
+def pairs(
+    model: str, variants: Mapping[str, Sequence[str]], options: Mapping[str, Any]
+) -> Iterator[tuple[str, Engines, Engines]]:
+    """By variant its name, engines without the pass, which stay, and those with its components."""
+    with engines(model, (), options) as unsharded:
+        for name, components in variants.items():
+            with engines(model, components, options) as variant:
+                yield name, unsharded, variant
+            print(f"{name}: done", flush=True)
+
+
 @contextmanager
 def model_folder(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """A folder with the configuration of the model, and what it says."""
@@ -156,12 +167,9 @@ def model_folder(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         yield folder, shape
 
 
-def take_turns(steps: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[Any]]:
-    """What each step returns, in turn; the first turn, which warms up, is left out."""
-    found: dict[str, list[Any]] = {name: [] for name in steps}
-    for turn in range(repetitions + 1):
-        for name, step in steps.items():
-            one = step()
-            if turn:
-                found[name].append(one)
-    return found
+def take_turns(
+    measure: Callable[[Engines], Any], both: Sequence[Engines], repetitions: int
+) -> list[list[Any]]:
+    """What is measured of each, in turn; the first turn, which warms up, is left out."""
+    turns = [[measure(one) for one in both] for _ in range(repetitions + 1)]
+    return [list(of_one) for of_one in zip(*turns[1:], strict=True)]

@@ -8,7 +8,6 @@ import functools
 import itertools
 import os
 from collections import Counter
-from concurrent.futures import Future
 from typing import Any
 from unittest import mock
 
@@ -17,6 +16,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core_client import SyncMPClient
 
 from fgtp_pass.errors import ConfigError
+from fgtp_pass.vllm.waves import begin_utility
 
 # An engine at rest takes a request of an earlier wave as the sign to start the next one, and has
 # the coordinator wake the other ranks.
@@ -84,11 +84,9 @@ class AllRanksClient(SyncMPClient):  # type: ignore[misc]
         answer is the answer.
         """
         answers = []
-        for rank in range(len(self.core_engines)):
-            call_id, future = int.from_bytes(os.urandom(7)), Future[Any]()
-            self.utility_results[call_id] = future
-            self._send(rank, EngineCoreRequestType.UTILITY, (0, call_id, method, args))
-            answers.append(future)
+        for engine in self.core_engines:
+            self.core_engine = engine  # where `_send_input` sends to
+            answers.append(begin_utility(self, method, *args))
         results = [answer.result() for answer in answers]
         if method == "collective_rpc":
             return list(itertools.chain.from_iterable(results))

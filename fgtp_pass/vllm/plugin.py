@@ -32,7 +32,7 @@ def install() -> None:
     wrap(CompilationConfig, "init_backend", _init_backend)
     wrap(EngineCoreClient, "make_client", _make_client)
     wrap(DPEngineCoreProc, "_has_global_unfinished_reqs", waves.has_global_unfinished)
-    DPEngineCoreProc.set_adding = waves.set_adding
+    DPEngineCoreProc.fgtp_set_adding = waves.fgtp_set_adding
     wrap(Executor, "__init__", _init_executor)
     for message in ("has_unfinished_dp", "sync_dp_state", "sync_kv_cache_memory_size"):
         wrap(ParallelConfig, message, _between_engines)

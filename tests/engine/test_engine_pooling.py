@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from engines import Job, merged, probe, run_rank, shared
 from marks import full
 from random_checkpoints import Checkpoints, parts, prompts, write_tokenizer
-from ranks import free_port
+from ranks import HANG, free_port
 
 SHARED = ("embedding", "oproj", "mlp")
 SMALL: dict[str, Any] = {"runner": "pooling", "max_num_seqs": 2, "max_num_batched_tokens": 32}
@@ -86,6 +87,47 @@ def test_a_rank_that_adds_its_prompts_slowly(
         assert {*got["vectors"]} == {*mine}
         for i, vector in got["vectors"].items():
             assert vector == pytest.approx(whole["vectors"][i], abs=1e-5)
+
+
+def _add_and_wait(llm: Any, job: Job, done: Path) -> int:
+    """Requests are added, and nobody asks for what becomes of them until the other rank is done."""
+    from vllm import PoolingParams
+
+    engine = llm.llm_engine
+    for i, ids in job.prompts.items():
+        engine.add_request(str(i), {"prompt_token_ids": ids}, PoolingParams(task="embed"))
+    deadline = time.monotonic() + HANG
+    while not done.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    finished = 0
+    while engine.has_unfinished_requests():
+        finished += len(engine.step())
+    return finished
+
+
+def _embed_and_say(llm: Any, job: Job, done: Path) -> int:
+    finished = len(_embed(llm, job)["vectors"])
+    done.touch()
+    return finished
+
+
+def test_a_rank_that_adds_prompts_and_then_does_nothing(
+    engines: Any, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """The other rank is done after `timeout_seconds`, and so is this one, once it goes on."""
+    given = prompts()
+    options = merged(SMALL, shared(*SHARED, fgtp_options={"timeout_seconds": 15}))
+    jobs = [
+        Job(
+            checkpoint("qwen3"),
+            {i: given[i]},
+            options,
+            run=functools.partial(run, done=tmp_path / "done"),
+            processes="fork",
+        )
+        for i, run in enumerate((_embed_and_say, _add_and_wait))
+    ]
+    assert engines(2)(*jobs) == [1, 1]
 
 
 def test_prompts_that_are_kept_back_are_not_told(engines: Any, checkpoint: Checkpoints) -> None:
