@@ -61,6 +61,7 @@ def free_port() -> int:
 def _serve(rank: int, world: int, store: str, pipe: Connection, dump: str) -> None:
     with open(dump, "w") as dump_file:
         faulthandler.register(signal.SIGUSR1, file=dump_file, all_threads=True)
+        faulthandler.enable(file=dump_file)
         import torch
         import torch.distributed as dist
 
@@ -167,7 +168,7 @@ class Pool:
                 try:
                     outcomes[pending[pipe]] = pipe.recv()
                 except EOFError:
-                    outcomes[pending[pipe]] = Outcome(error="RankDied", message="rank ended")
+                    outcomes[pending[pipe]] = self._death(pending[pipe])
                 if outcomes[pending[pipe]].error:
                     deadline = min(deadline, time.monotonic() + AFTER_AN_ERROR)
         return [outcomes[i] for i in ranks]
@@ -186,6 +187,14 @@ class Pool:
                 )
             )
         return [o.value for o in outcomes]
+
+    def _death(self, rank: int) -> Outcome:
+        """Of a process that is gone; with its last stack, if a signal ended it that has one."""
+        process = self._processes[rank]
+        process.join(10)
+        message = f"ended with exit code {process.exitcode}"
+        stack = f"RankDied: {message}\n{self._dump(rank).read_text()}"
+        return Outcome(error="RankDied", message=message, trace=stack)
 
     def _stacks(self) -> str:
         for process in self._processes:
