@@ -1,11 +1,13 @@
 """The inner backend, which compiles the rewritten graph."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
+from fgtp_pass import dynamo
 from fgtp_pass.options.options import Options
 
 Compiled = Callable[..., Any]
@@ -22,3 +24,13 @@ def compile_inner(options: Options, gm: fx.GraphModule, inputs: Sequence[Any]) -
         backend = torch._dynamo.lookup_backend(backend)
     compiled: Compiled = backend(gm, list(inputs), **extra)
     return compiled
+
+
+def compile_later(options: Options, gm: fx.GraphModule) -> Compiled:
+    """Compile with the inner backend when Dynamo's own tracing of the graph is over.
+
+    Dynamo then traces it a second time, and guards it, unless the backend runs what it is given.
+    """
+    if options.inner_backend == "eager":
+        return dynamo.as_it_is(gm)
+    return dynamo.compile_again(gm, partial(compile_inner, options))

@@ -21,7 +21,7 @@ from fgtp_pass.agreement.control_group import (
 from fgtp_pass.agreement.equality import differing_items, require_same_items
 from fgtp_pass.agreement.hosts import ranks_on_smallest_host
 from fgtp_pass.agreement.message import Intent
-from fgtp_pass.backend.inner import Compiled, compile_inner
+from fgtp_pass.backend.inner import Compiled, compile_inner, compile_later
 from fgtp_pass.backend.writable_graph import WritableGraph, Written
 from fgtp_pass.collectives.groups import ComponentGroup, DataParallelGroup
 from fgtp_pass.detect.detect import Detection, detect
@@ -321,18 +321,11 @@ class Runtime:
         return compiled, guards
 
     def _program(self, kept: "weakref.ref[WritableGraph]", key: Key) -> Program:
-        """The graph along the paths for another number of tokens, compiled when it first runs.
-
-        Dynamo's own tracing is over by then, so it traces what was written, and guards it.
-        """
+        """The graph along the paths for another number of tokens, compiled when it first runs."""
         graph = kept()
         assert graph is not None, "its parameters are those of the step"
         written = graph.write(key)
-        if self.options.inner_backend == "eager":  # runs what it is given, traced or not
-            compiled = dynamo.as_it_is(written.rewritten.module)
-        else:
-            backend = partial(compile_inner, self.options)
-            compiled = dynamo.compile_again(written.rewritten.module, backend)
+        compiled = compile_later(self.options, written.rewritten.module)
         log.info("compiling a graph for another number of tokens per rank: %s", written.collectives)
         return _as_program(graph, written, compiled, [])
 

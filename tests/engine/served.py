@@ -1,4 +1,4 @@
-"""Commands that the planner prints, read by `vllm serve`'s own parser; a process of its own."""
+"""Commands that the planner prints or the docs show, read by `vllm serve`'s own parser."""
 
 import os
 import shlex
@@ -49,7 +49,7 @@ def refusals(
             given = parser.parse_args([folders[model], *flags, "--skip-tokenizer-init"])
             given.model = given.model_tag  # as `vllm serve` does
             with _beside_ascend(name in on_ascend):
-                AsyncEngineArgs.from_cli_args(given).create_engine_config()
+                AsyncEngineArgs.from_cli_args(given).create_engine_config(headless=given.headless)
             found[name] = ""
         except (Exception, SystemExit) as error:
             found[name] = f"{type(error).__name__}: {error}"
