@@ -48,22 +48,37 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--requests", type=integers, default=[4, 8], help="at a time, per rank")
     arguments.add_argument("--repetitions", type=int, default=7)
+    arguments.add_argument(
+        "--mode", choices=("compiled", "none"), default="compiled", help="none: without a graph"
+    )
+    arguments.add_argument(
+        "--sharded", action="append", choices=list(VARIANTS), help="all, if none is given"
+    )
     arguments.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark")
     given = arguments.parse_args()
+    options = OPTIONS | {"enforce_eager": given.mode == "none"}
+    variants = {name: VARIANTS[name] for name in given.sharded or VARIANTS}
     rows, records = [], []
     with model_folder(given.tiny) as (folder, shape):
-        for name, *both in pairs(folder, VARIANTS, OPTIONS):
+        for name, *both in pairs(folder, variants, options):
             for count in given.requests:
                 measure = functools.partial(seconds_per_token, count)
                 unsharded, this = take_turns(measure, both, given.repetitions)
                 records.append(record(name, count, unsharded, this, both[1]))
                 rows.append(row(records[-1]))
     report(
-        f"vLLM, {WORLD} data-parallel ranks, fp32: TPOT of the slower rank, median [p10-p90]",
+        f"vLLM, {WORLD} data-parallel ranks, fp32, mode {given.mode}: TPOT of the slower rank, "
+        "median [p10-p90]",
         ["requests/rank", "sharded", "unsharded ms", "this ms", "change ms", "unsharded/this",
          "tokens/s/rank", "MiB freed", "MiB resident"],
         sorted(rows, key=lambda row: row[0]),
-        {"benchmark": "vllm_decode", "machine": machine(), "model": shape, "results": records},
+        {
+            "benchmark": "vllm_decode",
+            "machine": machine(),
+            "model": shape,
+            "mode": given.mode,
+            "results": records,
+        },
         given.output,
     )  # fmt: skip
 

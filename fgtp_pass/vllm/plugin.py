@@ -81,11 +81,7 @@ def _init_backend(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs:
 def _make_client(
     stock: Any, multiprocess_mode: bool, asyncio_mode: bool, vllm_config: Any, *args: Any, **kw: Any
 ) -> Any:
-    from fgtp_pass.vllm.settings import check_client
-
     parallel = vllm_config.parallel_config
-    if PASS in vllm_config.compilation_config.passes:
-        check_client(vllm_config, multiprocess_mode)
     one_process = multiprocess_mode and not asyncio_mode and parallel.data_parallel_size > 1
     if not one_process or PASS not in vllm_config.compilation_config.passes:
         return stock(multiprocess_mode, asyncio_mode, vllm_config, *args, **kw)

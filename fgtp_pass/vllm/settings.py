@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,16 +159,6 @@ def _classifies_by_tokens(model_config: Any) -> bool:
     return any(getattr(config, key, None) is not None for config in configs for key in keys)
 
 
-def check_client(config: Any, multiprocess_mode: bool) -> None:
-    """Raise ConfigError for an `LLM` that would wait without end for its other ranks."""
-    ranks = config.parallel_config.data_parallel_size
-    if config.model_config.runner_type == "pooling" and ranks > 1 and not multiprocess_mode:
-        raise ConfigError(
-            "with VLLM_ENABLE_V1_MULTIPROCESSING=0 the LLM of a rank keeps some of many prompts to "
-            "embed back, and does not tell the other ranks that it goes on. Leave the variable out."
-        )
-
-
 SEQUENCE_PARALLEL = (
     "with tensor and expert parallelism at once vLLM's experts are sequence-parallel, and every "
     "tensor-parallel rank holds the shared ones whole"
@@ -239,6 +230,11 @@ def check_engine(config: Any, options: Options) -> None:
         ),
         "classifiers of rows of the lm_head (classifier_from_token): a rank may not hold them": (
             model.runner_type == "pooling" and _classifies_by_tokens(model)
+        ),
+        "pooling models with VLLM_ENABLE_V1_MULTIPROCESSING=0: an LLM within its rank's process "
+        "keeps some of many prompts to embed back, and does not tell the others that it goes on": (
+            model.runner_type == "pooling"
+            and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
         ),
     }
     for what, is_so in refused.items():

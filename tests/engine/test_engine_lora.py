@@ -109,14 +109,17 @@ def test_of_attention_alone(
 
 
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=full)])
-def test_in_a_graph(engines: Any, unsharded: One, sharded: Run, every: Any, inductor: bool) -> None:
+def test_in_a_graph(
+    engines: Any, unsharded: One, sharded: Run, every: Any, tmp_path: Path, inductor: bool
+) -> None:
     """With kernels that add to the result of a projection in place, and plain weights, as there are
     on GPUs.
     """
     environment: dict[str, str | None] = {"FGTP_TEST_ADAPTERS": "1", "FGTP_TEST_PLAIN": "1"}
     environment |= {"VLLM_LOGGING_LEVEL": "DEBUG"}
     if inductor:
-        environment |= {"VLLM_CPU_CI_ENV": None}
+        # a graph that an earlier run has kept would not be written again
+        environment |= {"VLLM_CPU_CI_ENV": None, "VLLM_CACHE_ROOT": str(tmp_path)}
     got = sharded("llama", merged(shared(), ON), run=every, environment=environment)
     assert_same(unsharded("llama", {"run": every}, **ON), got)
     _, graph = engines(2).log(0).split("the graph after the pass:", 1)

@@ -134,5 +134,5 @@ def test_prompts_that_are_kept_back_are_not_told(engines: Any, checkpoint: Check
     """Within one process vLLM's `LLM` asks other ranks whether to go on, but not at each step."""
     job = Job(checkpoint("qwen3"), {0: prompts()[0]}, merged(SMALL, shared(*SHARED)), run=_embed)
     for outcome in engines(2).outcomes(run_rank, (job, job), free_port()):
-        assert outcome.error == "ConfigError"
+        assert outcome.error == "ConfigError", outcome
         assert "VLLM_ENABLE_V1_MULTIPROCESSING=0" in outcome.message

@@ -140,7 +140,7 @@ def test_a_table_that_is_read_once_more_than_was_said(
     options, model = merged(shared(), {"enable_prompt_embeds": True}), checkpoint("llama")
     jobs = [Job(model, {i: prompts()[i]}, options, run=_reads_twice) for i in (1, 2)]
     for outcome in engines(2).outcomes(run_rank, jobs, free_port()):
-        assert outcome.error == "AgreementError"
+        assert outcome.error == "AgreementError", outcome
         assert "model.embed_tokens.weight is read outside the graph a second" in outcome.message
 
 
