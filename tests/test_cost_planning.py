@@ -28,13 +28,6 @@ pytestmark = pytest.mark.xdist_group("cost_planning")  # DeepSeek is summarised 
 GIB = 2**30
 
 
-@pytest.fixture(scope="module")
-def deepseek(tmp_path_factory: pytest.TempPathFactory) -> ModelSummary:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FGTP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        return summarize("deepseek-ai/DeepSeek-R1")
-
-
 def published_case(deepseek: ModelSummary) -> Report:
     """vLLM-Ascend's measurement: 32 Ascend 910B, DP32 and EP32, w8a8, 24 sequences a rank."""
     deployment = Deployment(

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.xdist_group("page")  # one browser, one report
 
 ROOT = Path(__file__).parents[1]
 ARTIFACTS = ROOT / "test-artifacts"
-Run = Callable[[str], Any]
 
 
 @pytest.fixture(scope="module")

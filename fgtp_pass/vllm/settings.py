@@ -232,7 +232,8 @@ def check_engine(config: Any, options: Options) -> None:
             model.runner_type == "pooling" and _classifies_by_tokens(model)
         ),
         "pooling models with VLLM_ENABLE_V1_MULTIPROCESSING=0: an LLM within its rank's process "
-        "keeps some of many prompts to embed back, and does not tell the others that it goes on": (
+        "keeps some of many prompts to embed back, and does not tell the others that it goes on; "
+        "leave the variable out": (
             model.runner_type == "pooling"
             and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
         ),

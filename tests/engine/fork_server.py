@@ -69,6 +69,7 @@ class Fork:
     """A process that the server forked; no child of this one. Like `multiprocessing.Process`."""
 
     pid: int
+    exitcode = "unknown"  # which only the server is told
 
     def is_alive(self) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
