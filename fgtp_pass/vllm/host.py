@@ -103,6 +103,8 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader.utils.initialize_model": ("vllm_config", "model_config"),
     "vllm.v1.engine.EngineCoreRequest": ("data_parallel_rank", "current_wave"),
     "vllm.v1.engine.core.DPEngineCoreProc._has_global_unfinished_reqs": ("local_unfinished",),
+    "vllm.v1.engine.core.EngineCore.execute_dummy_batch": (),
+    "vllm.v1.engine.core.EngineCore.post_step": ("model_executed",),
     "vllm.v1.engine.core_client.EngineCoreClient.make_client": ("asyncio_mode", "vllm_config"),
     "vllm.v1.engine.core_client.SyncMPClient.call_utility": ("method",),
     "vllm.v1.engine.core_client.SyncMPClient._send_input": ("request_type", "request"),

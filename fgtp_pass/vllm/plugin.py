@@ -82,9 +82,15 @@ def _make_client(
     stock: Any, multiprocess_mode: bool, asyncio_mode: bool, vllm_config: Any, *args: Any, **kw: Any
 ) -> Any:
     parallel = vllm_config.parallel_config
-    one_process = multiprocess_mode and not asyncio_mode and parallel.data_parallel_size > 1
-    if not one_process or PASS not in vllm_config.compilation_config.passes:
+    ranks = not asyncio_mode and parallel.data_parallel_size > 1
+    if not ranks or PASS not in vllm_config.compilation_config.passes:
         return stock(multiprocess_mode, asyncio_mode, vllm_config, *args, **kw)
+    if not multiprocess_mode:
+        from fgtp_pass.vllm.waves import run_in_every_step
+
+        client = stock(multiprocess_mode, asyncio_mode, vllm_config, *args, **kw)
+        run_in_every_step(client.engine_core)
+        return client
     if parallel.data_parallel_rank_local is not None:  # SPMD
         from fgtp_pass.vllm.waves import OneRankClient
 

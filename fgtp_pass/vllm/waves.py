@@ -45,6 +45,23 @@ class OneRankClient(SyncMPClient):  # type: ignore[misc]
             begin_utility(self, fgtp_set_adding.__name__, False)
 
 
+def run_in_every_step(core: Any) -> None:
+    """core: vLLM's EngineCore of one data-parallel rank, within its process.
+
+    A step may run nothing where requests wait, as for a grammar that is being compiled. vLLM's
+    engines with a process of their own then run a dummy batch; within a process they do not, and
+    the other ranks wait for one.
+    """
+    stock = core.post_step
+
+    def post_step(model_executed: bool) -> None:
+        stock(model_executed)
+        if not model_executed:
+            core.execute_dummy_batch()
+
+    core.post_step = post_step
+
+
 def begin_utility(client: SyncMPClient, method: str, *args: Any) -> Future[Any]:
     """Call a method of the client's current engine; the future gives what it returns."""
     call_id, future = int.from_bytes(os.urandom(7)), Future[Any]()

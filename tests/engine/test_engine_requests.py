@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from engines import (
@@ -63,6 +65,37 @@ def test_structured_output(engines: Any, checkpoint: Checkpoints, unsharded: One
     for i, tokens in want.tokens.items():
         digits = "".join(map(str, tokens))[:5]  # tokens are numbers of one digit or more
         assert (re.fullmatch(DIGITS, digits) is not None) == (i % 2 == 1)
+
+
+def _one_waits_for_its_grammar(llm: Any, job: Job) -> Answer:
+    """Rank 1 has one request, whose grammar takes long: it has nothing to run meanwhile."""
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    stock = StructuredOutputManager._create_grammar
+
+    def slow(manager: Any, request: Any) -> Any:
+        time.sleep(1.0)
+        return stock(manager, request)
+
+    with mock.patch.object(StructuredOutputManager, "_create_grammar", slow):
+        return _every_other_constrained(llm, job)
+
+
+def test_a_rank_that_waits_for_a_grammar(
+    engines: Any, checkpoint: Checkpoints, unsharded: One
+) -> None:
+    model, given = checkpoint("llama"), prompts()
+    write_tokenizer(Path(model))
+    options = merged(shared(fgtp_options={"timeout_seconds": 60}), {"skip_tokenizer_init": False})
+    of_rank = {_every_other_constrained: (0, 2, 4, 6), _one_waits_for_its_grammar: (5,)}
+    got = engines(2)(
+        *[
+            Job(model, {i: given[i] for i in numbers}, options, run=run)
+            for run, numbers in of_rank.items()
+        ]
+    )
+    run = {"run": _every_other_constrained, "prompts": {i: given[i] for i in (0, 2, 4, 5, 6)}}
+    assert_same(unsharded("llama", run, skip_tokenizer_init=False), got)
 
 
 def _some_with_prompts(llm: Any, job: Job) -> Answer:
