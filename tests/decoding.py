@@ -32,10 +32,13 @@ def decode(
     steps: int,
     tokens: torch.Tensor | None = None,
     static: bool = False,
+    marked: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill and greedy steps with a cache; logits [steps + 1, batch, vocabulary] and tokens.
 
     With `tokens` these are fed in place of the model's own, so that errors do not compound.
+    With `marked`, Dynamo is told that the cache grows. Else it traces the first step for its length
+    alone, and the second again for every length, as it does for users.
     """
     config = getattr(model, "_orig_mod", model).config
     length = ids.shape[1]
@@ -49,6 +52,8 @@ def decode(
         extra["attention_mask"] = torch.ones(ids.shape[0], length + steps + 1, dtype=torch.long)
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
     logits = [out.logits[:, -1].float()]
+    if marked and not static:
+        _mark_length(cache)
     chosen = []
     for step in range(steps):
         best = logits[-1].argmax(-1, keepdim=True)
@@ -57,6 +62,12 @@ def decode(
         out = model(input_ids=fed, past_key_values=cache, use_cache=True, **extra)
         logits.append(out.logits[:, -1].float())
     return torch.stack(logits), torch.stack(chosen) if chosen else torch.empty(0)
+
+
+def _mark_length(cache: DynamicCache) -> None:
+    for layer in cache.layers:
+        for states in (layer.keys, layer.values):  # [batch, heads, length, head width]
+            torch._dynamo.maybe_mark_dynamic(states, 2)
 
 
 def relative_errors(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
@@ -75,6 +86,7 @@ def compare_with_unsharded(
     lengths: tuple[int, ...] = (5,),
     steps: int = DECODE_STEPS,
     static: bool = False,
+    marked: bool = True,
     tokens: str = "equal",
     attention: str = "sdpa",
     allow_missing: tuple[str, ...] = (),
@@ -83,8 +95,8 @@ def compare_with_unsharded(
 ) -> dict[str, Any]:
     """Largest errors of the sharded model over prefills and decode steps, and its plan.
 
-    Time goes into tracing: prefill one graph, the first decode step one, the second a dynamic one
-    for all that follow, which then takes a second length too.
+    Time goes into tracing: prefill one graph, the decode steps one (two if not `marked`), and a
+    second length one more.
     """
     rank = dist.get_rank()
     model: nn.Module = zoo.build(
@@ -109,7 +121,7 @@ def compare_with_unsharded(
     )
     worst, worst_rms, same = 0.0, 0.0, True
     for ids, want, chosen in runs:
-        got, tokens_got = decode(fast, ids, steps, tokens=chosen, static=static)
+        got, tokens_got = decode(fast, ids, steps, tokens=chosen, static=static, marked=marked)
         largest, rms = relative_errors(got, want)
         worst, worst_rms = max(worst, largest), max(worst_rms, rms)
         same = same and torch.equal(tokens_got, chosen)

@@ -222,7 +222,6 @@ _DEEPSEEK: dict[str, Any] = (
     | _EXPERTS
     | _MLA
     | {
-        "num_hidden_layers": 3,
         "first_k_dense_replace": 1,
         "n_routed_experts": 4,
         "n_shared_experts": 1,
@@ -282,15 +281,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             "qwen2_moe",
             _MHA
             | _EXPERTS
+            # three, so that one layer with experts follows another
             | {"num_hidden_layers": 3, "num_experts": 4, "mlp_only_layers": [0]}
             | {"shared_expert_intermediate_size": 80},
         ),
         Architecture(
             "qwen3_moe",
             "qwen3_moe",
-            _GQA16
-            | _EXPERTS
-            | {"num_hidden_layers": 3, "num_local_experts": 4, "mlp_only_layers": [0]},
+            _GQA16 | _EXPERTS | {"num_local_experts": 4, "mlp_only_layers": [0]},
         ),
         Architecture(
             "deepseek_v2",
@@ -304,7 +302,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             _GQA16
             | _EXPERTS
             | _GROUPED
-            | {"num_hidden_layers": 3, "n_routed_experts": 4, "n_shared_experts": 1}
+            | {"n_routed_experts": 4, "n_shared_experts": 1}
             | {"first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True},
         ),
         Architecture(
@@ -319,7 +317,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "llama4_text",
             _GQA16
             | {"intermediate_size": 48, "intermediate_size_mlp": 144}  # experts, dense FFN
-            | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3}
+            | {"num_local_experts": 4, "num_experts_per_tok": 2}
             | {"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2}
             | {"attention_chunk_size": 16},
         ),

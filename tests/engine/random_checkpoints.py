@@ -64,8 +64,11 @@ class Checkpoint:
 
 
 _MHA: dict[str, Any] = _COMMON | {"num_key_value_heads": 4}
+# the first has a dense FFN, and there is a step from experts to experts
+_THREE_LAYERS: dict[str, Any] = {"num_hidden_layers": 3}
 _MLA: dict[str, Any] = (
     _MHA
+    | _THREE_LAYERS
     | {"moe_intermediate_size": 64, "kv_lora_rank": 512, "qk_nope_head_dim": 32}
     | {"qk_rope_head_dim": 64, "v_head_dim": 32, "q_lora_rank": 48}
 )
@@ -93,7 +96,9 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "opt": Checkpoint("opt", _COMMON | {"word_embed_proj_dim": 128, "ffn_dim": 256}),
     "mixtral": Checkpoint("mixtral", _GQA, options=_EXPERTS),
     "qwen3_moe": Checkpoint(
-        "qwen3_moe", _GQA | {"num_experts": 4, "moe_intermediate_size": 64}, options=_EXPERTS
+        "qwen3_moe",
+        _GQA | _THREE_LAYERS | {"num_experts": 4, "moe_intermediate_size": 64},
+        options=_EXPERTS,
     ),
     "qwen2_moe": Checkpoint(
         "qwen2_moe",
@@ -105,7 +110,9 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     ),
     # its q has no latent, and reads what the latent of k and v reads
     "deepseek_v2": Checkpoint("deepseek_v2", _MLA | {"q_lora_rank": None}, options=_LATENT),
-    "glm4_moe": Checkpoint("glm4_moe", _GQA | {"moe_intermediate_size": 64}, options=_EXPERTS),
+    "glm4_moe": Checkpoint(
+        "glm4_moe", _GQA | _THREE_LAYERS | {"moe_intermediate_size": 64}, options=_EXPERTS
+    ),
 }
 
 
