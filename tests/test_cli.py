@@ -18,6 +18,8 @@ from fgtp_pass import ConfigError, cli
 from fgtp_pass.cost.hardware import Hardware, load, profiles
 from fgtp_pass.models.config_json import read_config
 
+LAYERS = 3  # the first with a dense FFN, the others with experts
+
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +30,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(zoo.config("deepseek_v3").to_dict() | {"dtype": "float32"}))
+    given = zoo.config("deepseek_v3", num_hidden_layers=LAYERS).to_dict()
+    path.write_text(json.dumps(given | {"dtype": "float32"}))
     return str(path)
 
 
@@ -145,7 +148,7 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str], config: str) -> None:
 
 def test_weights_of_a_rank_are_the_models(capsys: pytest.CaptureFixture[str], config: str) -> None:
     """One rank, nothing quantised: all parameters, counted by torch."""
-    model = zoo.build("deepseek_v3", device="meta")
+    model = zoo.build("deepseek_v3", device="meta", num_hidden_layers=LAYERS)
     words = ("plan", config, "--hardware", "h200", "--json", "--data-parallel-size", "1")
     _, out, _ = run(capsys, *words, "--quantization", "none")
     memory = json.loads(out)["totals"]["memory_per_rank"]
