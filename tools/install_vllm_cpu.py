@@ -23,9 +23,9 @@ LEFT_OUT = ("torchvision", "torchaudio", "torchcodec", "torch")
 
 
 def pip(*arguments: str) -> None:
-    # warnings of pip are about its own settings; errors are shown
-    command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    subprocess.run([*command, *arguments], check=True)
+    # warnings of pip are about its own settings, or about what is left out here; errors are shown
+    quiet = ("-qq", "--disable-pip-version-check", "--no-warn-conflicts")
+    subprocess.run([sys.executable, "-m", "pip", "install", *quiet, *arguments], check=True)
 
 
 def requirements() -> list[str]:
