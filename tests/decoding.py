@@ -66,8 +66,10 @@ def decode(
 
 def _mark_length(cache: DynamicCache) -> None:
     for layer in cache.layers:
-        for states in (layer.keys, layer.values):  # [batch, heads, length, head width]
-            torch._dynamo.maybe_mark_dynamic(states, 2)
+        for kind in ("keys", "values"):  # [batch, heads, length, head width]; a mixer has none
+            states = getattr(layer, kind, None)
+            if states is not None:
+                torch._dynamo.maybe_mark_dynamic(states, 2)
 
 
 def relative_errors(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
