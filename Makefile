@@ -17,8 +17,8 @@ help:
 	@echo "make demo        decode on two ranks, unsharded and sharded (1 min)"
 	@echo "make demo-vllm   vllm serve on two ranks, unsharded and sharded; installs vLLM for CPUs (5 min)"
 	@echo "make quick       the tests that answer a contributor (3 min)"
-	@echo "make test        every behaviour once, in real vLLM engines and in Chromium too (15 min)"
-	@echo "make test-all    every architecture in every mode (45 min)"
+	@echo "make test        every behaviour once, in real vLLM engines and in Chromium too (25 min)"
+	@echo "make test-all    every architecture in every mode (55 min)"
 	@echo "make test-versions  the tests with each supported torch, Python and transformers (hours)"
 	@echo "make fuzz        invents decoders and compares; make SECONDS=600 fuzz (30 min)"
 	@echo "make soak        random traffic against vllm serve on two ranks; make SECONDS=600 soak (30 min)"
@@ -55,12 +55,12 @@ quick: $(INSTALLED)
 
 test: $(WITH_VLLM)
 	@$(BIN)/python tests/browser.py
-	@echo "running the tests (about 15 minutes on two cores) ..."
+	@echo "running the tests (about 25 minutes on two cores) ..."
 	@$(PYTEST) -m "not full"
 
 test-all: $(WITH_VLLM)
 	@$(BIN)/python tests/browser.py
-	@echo "running all tests (about 45 minutes on two cores) ..."
+	@echo "running all tests (about 55 minutes on two cores) ..."
 	@$(PYTEST)
 
 test-versions:
