@@ -17,7 +17,7 @@ help:
 	@echo "make demo        decode on two ranks, unsharded and sharded (1 min)"
 	@echo "make demo-vllm   vllm serve on two ranks, unsharded and sharded; installs vLLM for CPUs (5 min)"
 	@echo "make quick       the tests that answer a contributor (3 min)"
-	@echo "make test        every behaviour once, in real vLLM engines and in Chromium too (25 min)"
+	@echo "make test        every behaviour once, in real vLLM engines and in Chromium too (30 min)"
 	@echo "make test-all    every architecture in every mode (55 min)"
 	@echo "make test-versions  the tests with each supported torch, Python and transformers (hours)"
 	@echo "make fuzz        invents decoders and compares; make SECONDS=600 fuzz (30 min)"
@@ -55,7 +55,7 @@ quick: $(INSTALLED)
 
 test: $(WITH_VLLM)
 	@$(BIN)/python tests/browser.py
-	@echo "running the tests (about 25 minutes on two cores) ..."
+	@echo "running the tests (about 30 minutes on two cores) ..."
 	@$(PYTEST) -m "not full"
 
 test-all: $(WITH_VLLM)
