@@ -20,7 +20,7 @@ from checkpoints import (
     logits,
     options,
 )
-from marks import TYPICAL, architectures
+from marks import architectures
 from peak_memory import PeakMemory
 from ranks import Pools
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,7 @@ from fgtp_pass import CheckpointError
 from fgtp_pass.checkpoint.empty_model import fill_buffers
 
 
-def _load(name: str, folder: str, again: bool) -> None:
+def _load(name: str, folder: str) -> None:
     model, checkpoint = loaded(empty(name), folder)
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = logits(model)
@@ -47,8 +47,7 @@ def _load(name: str, folder: str, again: bool) -> None:
     assert torch.equal(got, logits(plain))
     fgtp_pass.unshard(model)
     assert all(type(p) is nn.Parameter for p in model.parameters())
-    if again:
-        assert torch.equal(logits(model), got), "the next call shards again"
+    assert torch.equal(logits(model), got), "the next call shards again"
     # a model that is built on the meta device alone has its buffers computed by its own code
     bare = zoo.build(name, device="meta")
     fill_buffers(bare, {b: buffers[n] for n, b in bare.named_buffers() if n in bare.state_dict()},
@@ -60,7 +59,7 @@ def _load(name: str, folder: str, again: bool) -> None:
 def test_loads_as_from_pretrained_does(ranks: Pools, tmp_path: Path, name: str) -> None:
     zoo.build(name).save_pretrained(tmp_path, max_shard_size="150KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    ranks(2).run(_load, name, str(tmp_path), again=name in TYPICAL)
+    ranks(2).run(_load, name, str(tmp_path))
 
 
 def _variants(folder: str) -> None:

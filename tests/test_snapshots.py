@@ -40,8 +40,8 @@ COUNTS = {
 
 
 def snapshot(name: str, tokens: str = "equal") -> GraphSnapshot:
-    three = {"v_head_dim": 20, "num_hidden_layers": 3}
-    model = zoo.build(name, **(three if name == "deepseek_v3" else {}))
+    wide = {"v_head_dim": 20, "num_hidden_layers": 3}
+    model = zoo.build(name, **(wide if name == "deepseek_v3" else {}))
     ids = torch.randint(0, 160, (2, 7))
     (graph,) = fgtp_pass.snapshot_graphs(
         model,
